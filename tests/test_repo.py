@@ -1,0 +1,230 @@
+"The repository's own rules: what CONTRIBUTING.md asks of notebooks, modules and files"
+import ast, importlib, inspect, json, re, subprocess, sys, warnings
+from configparser import ConfigParser
+from functools import cached_property, lru_cache
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CFG = ConfigParser(delimiters=['=']); CFG.read(ROOT/'settings.ini', encoding='utf-8'); CFG = CFG['DEFAULT']
+PKG = CFG['lib_path']; LIB = ROOT/PKG; NBS = ROOT/CFG['nbs_path']
+MAX_LINES, MAX_CELLS, KB, HARD_KB, MAX_MB = 25, 75, 300, 400, 8
+
+# ---- notebooks as this file sees them
+
+class Notebook:
+    "Cells of notebook `path`, with what nbdev's directives say about them"
+    def __init__(self, path):
+        self.path = path; self.raw = path.read_bytes(); self.cells = json.loads(self.raw)['cells']
+        for c in self.cells: c['source'] = ''.join(c['source'])
+    def __repr__(self): return self.path.relative_to(NBS).as_posix()
+    def code(self): return [c for c in self.cells if c['cell_type']=='code']
+    def exported(self): return [c['source'] for c in self.code() if has(c['source'], r'exports?|exporti')]
+    @cached_property
+    def module(self):
+        found = [m for c in self.code() for m in re.findall(r'^#\|\s*default_exp\s+(\S+)', c['source'], re.M)]
+        assert len(found)<=1, f'{self}: more than one default_exp'
+        return found[0] if found else None
+
+def has(src, directive): return bool(re.search(rf'^#\|\s*(?:{directive})\s*$', src, re.M))
+
+def parse(src):
+    "Syntax tree of a cell, magics and shell lines left out; None for a cell that is another language's (`%%bash`)"
+    if src.lstrip().startswith('%%'): return None
+    return ast.parse(re.sub(r'^(\s*)[!%].*$', r'\1pass', src, flags=re.M))
+
+def own_imports(tree):
+    "Names of this package's modules that `tree` imports, also inside functions"
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Import): yield from (a.name.split('.')[1] for a in n.names if a.name.startswith(PKG+'.'))
+        elif isinstance(n, ast.ImportFrom):
+            mod = (n.module or '').split('.')
+            if mod[0]==PKG: yield from [mod[1]] if mod[1:] else (a.name for a in n.names)
+
+NOTEBOOKS = [Notebook(p) for p in sorted(NBS.rglob('*.ipynb')) if not re.search(r'/[._]', p.relative_to(NBS.parent).as_posix())]
+MODULES = [nb for nb in NOTEBOOKS if nb.module] # in file-name order, which is the reading order
+ORDER = {nb.module:i for i,nb in enumerate(MODULES)}
+each_notebook = pytest.mark.parametrize('nb', NOTEBOOKS, ids=repr)
+each_module = pytest.mark.parametrize('nb', MODULES, ids=repr)
+
+# ---- modules and imports
+
+def test_modules_are_the_notebooks():
+    found = {p.relative_to(LIB).with_suffix('').as_posix().replace('/', '.') for p in LIB.rglob('*.py')} - {'__init__', '_modidx'}
+    assert MODULES and len(ORDER)==len(MODULES), 'two notebooks export to one module'
+    assert found==set(ORDER)
+
+@each_module
+def test_imports_point_backwards(nb):
+    for c in nb.code():
+        if (tree := parse(c['source'])) is None: continue
+        wrong = {m for m in own_imports(tree) if ORDER.get(m, -1)>=ORDER[nb.module]}
+        assert not wrong, f'imports {wrong}, which this or a later notebook exports'
+
+STDLIB = set(sys.stdlib_module_names)
+DISTS = dict(PIL='pillow', sklearn='scikit-learn', pydensecrf='pydensecrf2', mpl_toolkits='matplotlib', dateutil='python-dateutil')
+
+def requirement_names(extras=True):
+    text = ' '.join(v for k,v in CFG.items() if k=='requirements' or extras and k in ('coco_requirements', 'crf_requirements'))
+    return {re.match(r'[\w.-]+', r)[0].lower() for r in text.replace('"', '').split()}
+
+@each_module
+def test_imports_are_required(nb):
+    tree = ast.parse((LIB/f'{nb.module}.py').read_text(encoding='utf-8')); names = set()
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Import): names |= {a.name.split('.')[0] for a in n.names}
+        elif isinstance(n, ast.ImportFrom) and not n.level: names.add(n.module.split('.')[0])
+    missing = {DISTS.get(n, n).lower() for n in names-STDLIB-{PKG}} - requirement_names()
+    assert not missing, f'not among the requirements in settings.ini: {missing}'
+
+HEAVY = dict(core=('torch', 'fastai'), scores=('torch', 'fastai'), cli=('torch', 'fastai'), mini=('torch', 'fastai'), attention=('fastai',), mctformer=('fastai',))
+
+@pytest.mark.parametrize('mod', HEAVY)
+def test_light_imports(mod):
+    if mod not in ORDER: pytest.fail(f'no notebook exports {mod}')
+    code = f'import sys, {PKG}.{mod}; print(*[m for m in {HEAVY[mod]} if m in sys.modules])'
+    r = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+    assert not r.stdout.split(), f'{PKG}.{mod} loads {r.stdout.strip()}'
+
+# ---- the form of notebooks
+
+@each_notebook
+def test_opening(nb):
+    first = nb.cells[0]
+    assert first['cell_type']=='markdown' and re.match(r'# \S.*\n+> \S', first['source']), 'starts with an H1 and a > subtitle'
+    if nb.module: assert re.search(r'^#\|\s*default_exp', nb.code()[0]['source'], re.M), 'the first code cell has the default_exp'
+
+@each_notebook
+def test_size_and_ids(nb):
+    ids = [c.get('id') for c in nb.cells]
+    assert all(ids) and len(set(ids))==len(ids), 'a cell id is missing or used twice'
+    assert len(nb.cells)<=MAX_CELLS
+    kb = len(nb.raw)/1000
+    if kb>KB: warnings.warn(f'{nb}: {kb:.0f} KB, the aim is {KB}')
+    assert kb<=HARD_KB
+
+@each_module
+def test_last_cell_exports(nb):
+    src = nb.code()[-1]['source']
+    assert nb.cells[-1]['cell_type']=='code' and has(src, 'hide') and 'nbdev.nbdev_export()' in src
+
+@each_notebook
+def test_only_modules_export(nb):
+    assert nb.module or not nb.exported(), 'exports without a default_exp'
+
+def names_bound(node):
+    "Public names that top-level statement `node` binds, as one group; `@patch` methods count by their own name"
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): names = [node.name]
+    elif isinstance(node, ast.Assign): names = [n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name): names = [node.target.id]
+    else: names = []
+    return [n for n in names if not n.startswith('_')]
+
+def has_module_class(nb, tree):
+    "Does the cell define an `nn.Module`? Those may be longer"
+    import torch
+    mod = importlib.import_module(f'{PKG}.{nb.module}')
+    return any(isinstance(n, ast.ClassDef) and issubclass(getattr(mod, n.name), torch.nn.Module) for n in tree.body)
+
+@each_module
+def test_exported_cells(nb):
+    wrong = []
+    for src in nb.exported():
+        tree = parse(src); lines = [l for l in src.splitlines() if l.strip() and not l.startswith('#|')]
+        groups = [g for g in map(names_bound, tree.body) if g]; imports = any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in tree.body)
+        what = groups[0][0] if groups else lines[0] if lines else 'an empty cell'
+        if len(groups)>1: wrong.append(f'{what}: {len(groups)} public symbols in a cell')
+        if groups and imports: wrong.append(f'{what}: imports belong in a cell of their own')
+        if len(lines)>MAX_LINES and not has_module_class(nb, tree): wrong.append(f'{what}: {len(lines)} lines')
+    assert not wrong, '\n'.join(wrong)
+
+# Paths of whoever ran the notebook; pictures are left out, since base64 can spell anything.
+ABSOLUTE = re.compile(r'(?<![\w.~-])/(?:work|root|tmp|home|Users)/')
+
+def texts(outputs):
+    for o in outputs:
+        parts = {'text': o.get('text', ''), 'traceback': '\n'.join(o.get('traceback', [])), **o.get('data', {})}
+        for k,v in parts.items():
+            if not k.startswith('image/'): yield re.sub(r'data:[\w/+-]+;base64,[\w+/=\s]+', '', v if isinstance(v, str) else ''.join(v) if isinstance(v, list) else json.dumps(v))
+
+@each_notebook
+def test_no_machine_paths_in_outputs(nb):
+    wrong = [l for c in nb.code() for t in texts(c['outputs']) for l in t.splitlines() if ABSOLUTE.search(l)]
+    assert not wrong, '\n'.join(wrong)
+
+@each_notebook
+def test_no_stored_errors(nb):
+    wrong = [o for c in nb.code() for o in c['outputs'] if o['output_type']=='error']
+    assert not wrong, f"stored error: {[o['evalue'] for o in wrong]}"
+
+# ---- documentation of what is public
+
+def public(nb):
+    "Public functions and classes of the module, as written there"
+    mod = importlib.import_module(f'{PKG}.{nb.module}')
+    for name in mod.__all__:
+        o = getattr(mod, name, None)
+        if (inspect.isclass(o) or inspect.isroutine(o)) and getattr(o, '__module__', None)==mod.__name__: yield name, inspect.unwrap(o)
+
+def undocumented(f):
+    "Arguments of `f` without type or comment"
+    from fastcore.docments import docments
+    params = inspect.signature(f).parameters; d = docments(f, full=True)
+    for k,p in params.items():
+        if k in ('self', 'cls') or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD): continue
+        if p.annotation is p.empty: yield f'{k} has no type'
+        if not d[k].docment: yield f'{k} has no comment'
+
+@each_module
+def test_public_symbols_are_documented(nb):
+    wrong = []
+    for name,o in public(nb):
+        if not (o.__doc__ or '').strip() or (inspect.isclass(o) and o.__doc__.startswith(f'{name}(')): wrong.append(f'{name}: no docstring')
+        f = vars(o).get('__init__') if inspect.isclass(o) else o
+        if f is None or hasattr(o, '__dataclass_fields__'): continue
+        wrong += [f'{name}: {w}' for w in undocumented(f)]
+    assert not wrong, '\n'.join(wrong)
+
+# ---- files
+
+SKIPPED = {'.git', '.venv', '_proc', '_docs', '_site_src', 'build', 'dist', 'demo', 'runs', '__pycache__', '.pytest_cache', '.ipynb_checkpoints', '.hypothesis'}
+
+@lru_cache
+def tracked():
+    "Files under version control; without git, all but what .gitignore names"
+    try: out = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    except (OSError, subprocess.CalledProcessError): out = ''
+    files = [ROOT/f for f in out.split('\0') if f] or [f for f in ROOT.rglob('*') if not SKIPPED & set(f.relative_to(ROOT).parts)]
+    return [f for f in files if f.is_file()]
+
+def text_files():
+    for f in tracked():
+        b = f.read_bytes()
+        if b'\0' not in b[:8000]: yield f.relative_to(ROOT), b.decode('utf-8', 'replace')
+
+def test_no_large_files():
+    assert not [(str(f), f.stat().st_size) for f in tracked() if f.stat().st_size>MAX_MB*1e6]
+
+def test_no_registry_hosts():
+    hosts = [a+'.'+b for a,b in (('pypi','org'), ('pythonhosted','org'), ('npmjs','org'), ('npmjs','com'), ('debian','org'), ('download.pytorch','org'), ('anaconda','org'))]
+    found = re.compile('|'.join(rf'\b{re.escape(h)}\b' for h in hosts))
+    assert not [(str(f), m[0]) for f,s in text_files() for m in [found.search(s)] if m]
+
+def test_no_machine_paths_in_files():
+    found = re.compile(r'(?<![\w.~/-])/(?:wo''rk|ro''ot)/\w')
+    assert not [(str(f), l.strip()[:120]) for f,s in text_files() if f.suffix!='.ipynb' for l in s.splitlines() if found.search(l)]
+
+def test_versions_agree():
+    version = CFG['version']
+    assert importlib.import_module(PKG).__version__==version
+    assert re.search(r'^version: (\S+)', (ROOT/'CITATION.cff').read_text(encoding='utf-8'), re.M)[1]==version
+    assert re.search(r'^## \[?([\d.]+)', (ROOT/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)[1]==version
+
+def test_markers_are_the_notebook_flags(pytestconfig):
+    assert {m.split(':')[0] for m in pytestconfig.getini('markers')} >= set(CFG['tst_flags'].split())
+
+@pytest.mark.parametrize('script', CFG['console_scripts'].split())
+def test_console_scripts(script):
+    name, target = script.split('='); mod, func = target.split(':')
+    assert name==func and callable(getattr(importlib.import_module(mod), func))
