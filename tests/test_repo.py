@@ -173,7 +173,7 @@ def undocumented(f):
     params = inspect.signature(f).parameters; d = docments(f, full=True)
     for k,p in params.items():
         if k in ('self', 'cls') or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD): continue
-        if p.annotation is p.empty: yield f'{k} has no type'
+        if p.annotation is p.empty and p.default in (p.empty, None): yield f'{k} has no type' # another default shows it
         if not d[k].docment: yield f'{k} has no comment'
 
 @each_module
