@@ -125,10 +125,11 @@ def test_cells_with_imports_need_no_other_cells(nb):
         if 'nbdev_export()' in c['source'] or (tree := parse(c['source'])) is None: continue
         imports, exports = set(imported(tree)), has(c['source'], r'exports?|exporti')
         if not (imports or exports): continue
-        names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
-        known |= imports | {n.id for n in names if not isinstance(n.ctx, ast.Load)} | {n.name for n in tree.body if hasattr(n, 'name')}
-        local = {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)} | {n.name for n in ast.walk(tree) if isinstance(n, ast.ExceptHandler)}
-        lost = {n.id for n in names} - known - local
+        stored = lambda t: {n.id for n in ast.walk(t) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        local = stored(tree) | {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)} | {n.name for n in ast.walk(tree) if isinstance(n, ast.ExceptHandler)}
+        for n in tree.body: known |= {n.name} if hasattr(n, 'name') else stored(n) # a function's own variables stay its own
+        known |= imports
+        lost = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - known - local
         if lost and not exports: wrong.append(f"needs {', '.join(sorted(lost))}:\n{c['source']}")
     assert not wrong, 'imports belong in a cell of their own\n' + '\n---\n'.join(wrong)
 
