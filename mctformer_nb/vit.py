@@ -6,7 +6,7 @@
 __all__ = ['check_vit', 'read_state_dict', 'load_vit', 'capture_qk', 'mimetic_init', 'freeze_bn', 'tiny_vit',
            'mct_tiny_patch8_128', 'mct_hybrid_efficientnet_lite0', 'resize_pos', 'build_vit']
 
-# %% ../nbs/10_vit.ipynb #013ad9d7
+# %% ../nbs/10_vit.ipynb #5a06c470
 import argparse, copy, difflib, math, pickle
 from contextlib import contextmanager
 from functools import partial
@@ -14,9 +14,9 @@ from importlib.resources import files
 from pathlib import Path
 import timm, torch, torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.layers import Attention, HybridEmbed, build_sincos2d_pos_embed, freeze_batch_norm_2d
+from timm.layers import HybridEmbed, build_sincos2d_pos_embed, freeze_batch_norm_2d, trunc_normal_
 from timm.models import clean_state_dict, register_model
-from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 from .core import DataError
@@ -119,7 +119,7 @@ def _split_product(
     root = s[:rank].sqrt()[:, None]                               # (rank,1)
     return root * u[:, :rank].T, root * vh[:rank]                 # (rank,D), (rank,D)
 
-# %% ../nbs/10_vit.ipynb #7762a868
+# %% ../nbs/10_vit.ipynb #7490e929
 @torch.no_grad()
 def mimetic_init(
     vit:VisionTransformer, # changed in place
@@ -140,7 +140,8 @@ def mimetic_init(
         if attn.qkv.bias is not None: attn.qkv.bias.zero_()
     if pos_scale:
         rows = build_sincos2d_pos_embed(vit.patch_embed.grid_size, D)   # (M,D)
-        vit.pos_embed.zero_()[:, -len(rows):] = pos_scale*rows    # a class token's row, if any, becomes 0
+        vit.pos_embed.zero_()[:, -len(rows):] = pos_scale*rows    # a class token's row, if any, becomes 0 ...
+        if vit.cls_token is not None: trunc_normal_(vit.cls_token, std=.02)   # ... so the token itself must not be
     return vit
 
 # %% ../nbs/10_vit.ipynb #1d60ada1
@@ -150,14 +151,14 @@ def freeze_bn(
     "Replace every BatchNorm by one whose statistics, weight and bias never change, also after `model.train()`."
     return freeze_batch_norm_2d(model)
 
-# %% ../nbs/10_vit.ipynb #86a45b9b
+# %% ../nbs/10_vit.ipynb #66f41ec9
 def tiny_vit(
-    img_size:int=128, # native size, pixels; sets the number of position rows
-    embed_dim:int=192, # D
+    img_size:int=96, # native size, pixels; sets the number of position rows
+    embed_dim:int=128, # D
     depth:int=6, # L
-    num_heads:int=3, # H
-    stem:tuple=(32, 64, 128, 128), # channels of the stem's 3x3 convolutions; the first three have stride 2
-    pos_scale:float=1., # see `mimetic_init`
+    num_heads:int=4, # H
+    stem:tuple=(32, 64, 128, 128, 128), # channels of the stem's 3x3 convolutions; the first three have stride 2
+    pos_scale:float=.4, # see `mimetic_init`; patches and positions of about equal size
     **kwargs, # more arguments of timm's VisionTransformer, e.g. drop_path_rate
 ) -> VisionTransformer: # patches of 8 pixels, mimetic start
     "Small ViT with a convolutional stem."
@@ -166,7 +167,7 @@ def tiny_vit(
                             embed_layer=partial(HybridEmbed, backbone=conv), **{'num_classes': 0, **kwargs})
     return mimetic_init(vit, pos_scale=pos_scale)
 
-# %% ../nbs/10_vit.ipynb #e59c8702
+# %% ../nbs/10_vit.ipynb #84599735
 _hub_args = ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir')
 def _own(kwargs): return {k: v for k, v in kwargs.items() if k not in _hub_args} # what timm's registry adds is not for us
 
@@ -175,12 +176,12 @@ def mct_tiny_patch8_128(
     pretrained:bool=False, # load the embedded weights
     **kwargs, # of `tiny_vit`
 ) -> VisionTransformer:
-    "The embedded tiny ViT: 128 pixels, patches of 8."
+    "The embedded tiny ViT: 96 pixels, patches of 8."
     vit = tiny_vit(**_own(kwargs))
     if pretrained: load_vit(vit, files('mctformer_nb')/'data'/'tiny_vit.safetensors')
     return vit
 
-# %% ../nbs/10_vit.ipynb #226d4ceb
+# %% ../nbs/10_vit.ipynb #5c6b85e6
 @register_model
 def mct_hybrid_efficientnet_lite0(
     pretrained:bool=False, # CNN part from timm's hub (ImageNet-1k)
@@ -191,8 +192,10 @@ def mct_hybrid_efficientnet_lite0(
 ) -> VisionTransformer: # stride 16, D = 192, 4 blocks, 3 heads
     "EfficientNet-Lite0 to stride 16 (112 channels, BatchNorm frozen) + 4 ViT blocks, mimetic start."
     cnn = timm.create_model('efficientnet_lite0', pretrained=pretrained, features_only=True, out_indices=(3,))
+    cnn.blocks = cnn.blocks[:5] # the two stages beyond stride 16 would be computed for nothing
     size = dict(img_size=img_size, patch_size=1, embed_dim=192, depth=4, num_heads=3, num_classes=0)
     vit = VisionTransformer(embed_layer=partial(HybridEmbed, backbone=freeze_bn(cnn)), **{**size, **_own(kwargs)})
+    with torch.no_grad(): vit.patch_embed.proj.weight.mul_(.25) # the CNN's features are large: start tokens near unit variance
     if cnn_weights is not None: load_vit(vit, cnn_weights)
     return mimetic_init(vit, pos_scale=pos_scale)
 
@@ -209,7 +212,7 @@ def resize_pos(
     p = F.interpolate(p, size=tuple(to), mode='bicubic', align_corners=False)
     return p.flatten(2).transpose(1, 2)                            # (1,D,h,w) -> (1,h*w,D)
 
-# %% ../nbs/10_vit.ipynb #7ed10c83
+# %% ../nbs/10_vit.ipynb #7fe233cf
 def build_vit(
     backbone='deit_small_patch16_224', # timm model name, or a VisionTransformer
     pretrained=False, # True: weights of timm's hub; a path: weights of that file, see `load_vit`
@@ -220,17 +223,17 @@ def build_vit(
     if not isinstance(backbone, str):
         vit = copy.deepcopy(check_vit(backbone))
         if pretrained is True: raise DataError('backbone: an instance has no name to find weights by. Give pretrained=False or the path of a file.')
+        if kwargs: raise DataError(f"backbone: {', '.join(kwargs)} cannot be changed on an instance. Give a name, or build the instance that way.")
     elif not timm.is_model(backbone) and ':' not in backbone:
         near = difflib.get_close_matches(backbone, timm.list_models(), 3)
         raise DataError(f"backbone {backbone}: timm has no model of this name. {'Did you mean ' + ', '.join(near) if near else 'See timm.list_models()'}?")
     else: vit = _create(backbone, pretrained is True, drop_path_rate=drop_path, **kwargs)
-    return vit if isinstance(pretrained, bool) else load_vit(vit, pretrained)
+    return vit if pretrained in (None, False, True) else load_vit(vit, pretrained)
 
-# %% ../nbs/10_vit.ipynb #4fd44e95
+# %% ../nbs/10_vit.ipynb #1191ad49
 def _create(name, pretrained, **kwargs):
     "timm.create_model, checked, with readable errors"
-    if name.startswith('vit_') or name.startswith('deit'): kwargs['num_classes'] = 0
-    try: return check_vit(timm.create_model(name, pretrained=pretrained, **kwargs), name)
+    try: return check_vit(timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs), name)
     except DataError: raise
     except Exception as e:
         what = 'its pretrained weights cannot be had' if pretrained else 'timm cannot build it'
