@@ -249,7 +249,7 @@ def _table_digits(n, unit):
     two = (Decimal(n)/Decimal(unit)).quantize(Decimal('.01'), ROUND_HALF_UP)
     return str(two.quantize(Decimal('.1'), ROUND_HALF_UP))
 
-# %% ../nbs/11_mctformer.ipynb #34f7a063
+# %% ../nbs/11_mctformer.ipynb #831305da
 def info_table(
     backbone='deit_small_patch16_224', # timm name or VisionTransformer
     variant:str=None, # 'v1', 'v2', default both
@@ -261,7 +261,8 @@ def info_table(
     line = '{:14s} {:>10s} {:>11s} {:>9s}   {:>13s} {:>20s} {:>16s}'.format
     out = [line('model', 'image size', '#Params (M)', 'MACs (G)', 'parameters', 'MACs (linear, conv)', 'MACs (attention)')]
     for v in [variant] if variant else ['v1', 'v2']:
-        c = complexity(MCTformer(num_classes, v, backbone), (h, w))
+        with torch.device('meta'): model = MCTformer(num_classes, v, backbone)   # no memory, no initial values
+        c = complexity(model, (h, w))
         out.append(line(f'MCTformer-{v.upper()}', f'{h} x {w}', _table_digits(c['params'], 10**6), _table_digits(c['macs'], 10**9),
                         *(f'{c[k]:,}' for k in ('params', 'macs', 'attention_macs'))))
     return '\n'.join(out)
