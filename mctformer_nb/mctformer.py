@@ -6,14 +6,15 @@
 __all__ = ['MCTOutput', 'class_scores', 'MCTformer', 'save_run', 'load_weights', 'load_run', 'load_reference', 'complexity',
            'info_table']
 
-# %% ../nbs/11_mctformer.ipynb #962e2b42
+# %% ../nbs/11_mctformer.ipynb #0530fbfc
 import copy, json, math
-from collections import namedtuple
 from decimal import Decimal, ROUND_HALF_UP
 from pathlib import Path
+from typing import NamedTuple
 import torch, torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import Format, trunc_normal_
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -22,15 +23,18 @@ from . import __version__
 from .core import DataError, atomic_path, read_json, write_json
 from .vit import _tensors_only, build_vit, read_state_dict, resize_pos
 
-# %% ../nbs/11_mctformer.ipynb #42b86050
-MCTOutput = namedtuple('MCTOutput', 'cls patch') # (B,C) scores of the class tokens; (B,C) scores of the patches, None for V1
+# %% ../nbs/11_mctformer.ipynb #dc1d28d7
+class MCTOutput(NamedTuple):
+    "Class scores (logits) of a batch."
+    cls: torch.Tensor # (B,C) from the class tokens
+    patch: torch.Tensor|None # (B,C) from the patch tokens, None for V1
 
-# %% ../nbs/11_mctformer.ipynb #e5cab24d
+# %% ../nbs/11_mctformer.ipynb #d76a1852
 def class_scores(
-    tokens, # (B,C,D) output class tokens
+    tokens:torch.Tensor, # (B,C,D) output class tokens
     score:str='avg', # 'avg' (Eq. 4), 'max' or 'fc' (Table 7)
-    fc=None, # the grouped Conv1d(C, C, D) of 'fc'
-): # (B,C)
+    fc:nn.Conv1d=None, # the grouped Conv1d(C, C, D) of 'fc'
+) -> torch.Tensor: # (B,C)
     "Class scores of the output class tokens (Eq. 4 and its variants of Table 7)."
     if score == 'avg': return tokens.mean(-1)
     if score == 'max': return tokens.amax(-1)
@@ -52,14 +56,14 @@ def _start_tokens(vit, C):
     row = pos[:, :1] if n else torch.zeros(1, 1, D)
     return token.repeat(1, C, 1), row.repeat(1, C, 1), pos[:, n:].clone()
 
-# %% ../nbs/11_mctformer.ipynb #80d5139d
+# %% ../nbs/11_mctformer.ipynb #328defa6
 class MCTformer(nn.Module):
     "Multi-class token transformer, V1 or V2 (Sections 3.1-3.3). Raises `DataError` for backbones and sizes it cannot take."
     def __init__(self,
         num_classes:int=20, # C, foreground classes
         variant:str='v2', # 'v1' (class tokens) or 'v2' (and patch head)
-        backbone='deit_small_patch16_224', # timm name or VisionTransformer (copied), see `build_vit`
-        pretrained=False, # True (timm's hub) or path of a weight file
+        backbone:str|VisionTransformer='deit_small_patch16_224', # timm name or instance (copied), see `build_vit`
+        pretrained:bool|str|Path=False, # True (timm's hub) or path of a weight file
         score:str='avg', # class score of Table 7: 'avg' (Eq. 4), 'max', 'fc'
         drop_path:float=.1, # reference recipe
         grad_checkpointing:bool=False, # recompute blocks in the backward pass: less memory, more time
@@ -122,10 +126,10 @@ def _check_size(x, patch):
     near = [max(patch, round(s/patch)*patch) for s in (h, w)]
     raise DataError(f'image of {h} x {w} pixels: not a multiple of the patch size {patch}. Resize it to {near[0]} x {near[1]}.')
 
-# %% ../nbs/11_mctformer.ipynb #081a0829
+# %% ../nbs/11_mctformer.ipynb #bdf8986c
 def save_run(
-    model:MCTformer,
-    folder, # run folder, made if needed
+    model:MCTformer, # any
+    folder:str|Path, # run folder, made if needed
     **config, # more to remember: classes (list of names), image_size, ...
 ) -> dict: # the configuration written
     "Write `model.safetensors` and `config.json` to a run folder, atomically."
@@ -139,10 +143,10 @@ def save_run(
     write_json(folder/'config.json', cfg)
     return cfg
 
-# %% ../nbs/11_mctformer.ipynb #40c5d519
+# %% ../nbs/11_mctformer.ipynb #7bafab11
 def load_weights(
     model:MCTformer, # changed in place
-    path, # weight file of an MCTformer of this package
+    path:str|Path, # weight file of an MCTformer of this package
 ) -> MCTformer: # the same model
     "Load weights, all of them. Raises `DataError` naming the file when variant, class count or architecture differ."
     sd, want = read_state_dict(path), model.state_dict()
@@ -161,10 +165,10 @@ def _check_keys(sd, want, source, advice='Use a file of the same architecture.')
     parts = [f'{name}: {some(ks)}' for name, ks in (('missing', want.keys() - sd.keys()), ('unexpected', sd.keys() - want.keys()), ('shape', wrong)) if ks]
     if parts: raise DataError(f"{source}: {'; '.join(parts)}. {advice}")
 
-# %% ../nbs/11_mctformer.ipynb #da5bc1ce
+# %% ../nbs/11_mctformer.ipynb #75127a74
 def load_run(
-    folder, # run folder written by `save_run`
-    backbone=None, # the VisionTransformer, only for a 'custom' backbone
+    folder:str|Path, # run folder written by `save_run`
+    backbone:VisionTransformer=None, # only for a 'custom' backbone
     num_classes:int=None, # raise unless the run has this many classes
 ) -> tuple: # (model in eval mode, configuration)
     "Rebuild the model of a run folder. Raises `DataError` naming the file."
@@ -211,9 +215,9 @@ def _from_reference(sd, variant, score):
     if score == 'fc': sd['score_head.weight'], sd['score_head.bias'] = head[0].reshape(len(head[0]), 1, -1), head[1]   # (C,1,D) or (C,D,1) -> (C,1,D)
     return sd
 
-# %% ../nbs/11_mctformer.ipynb #4025d7dd
+# %% ../nbs/11_mctformer.ipynb #497d5573
 def load_reference(
-    path_or_state_dict, # file (weights-only) or dict, bare or under 'model'
+    path_or_state_dict:str|Path|dict, # file (weights-only) or dict, bare or under 'model'
     num_heads:int=None, # H, default D // 64
 ) -> MCTformer: # in eval mode; `.reference` tells 'v1', 'v2' or 'plus'
     "MCTformer from a V1, V2 or + checkpoint of the reference. Raises `DataError` naming missing, unexpected or misshapen keys."
@@ -230,10 +234,10 @@ def load_reference(
     model.load_state_dict(sd); model.reference = kind
     return model.eval()
 
-# %% ../nbs/11_mctformer.ipynb #6c2cc8d3
+# %% ../nbs/11_mctformer.ipynb #9df3fb3f
 def complexity(
-    model:MCTformer,
-    image_size=224, # pixels, or (H,W)
+    model:MCTformer, # any; it is copied to the meta device
+    image_size:int|tuple=224, # pixels, or (H,W)
 ) -> dict: # params, macs (linear + convolution), attention_macs (products inside attention)
     "Parameters, and multiply-adds of one image (Table 4 counts `macs`)."
     h, w = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -249,13 +253,13 @@ def _table_digits(n, unit):
     two = (Decimal(n)/Decimal(unit)).quantize(Decimal('.01'), ROUND_HALF_UP)
     return str(two.quantize(Decimal('.1'), ROUND_HALF_UP))
 
-# %% ../nbs/11_mctformer.ipynb #831305da
+# %% ../nbs/11_mctformer.ipynb #06b254ca
 def info_table(
-    backbone='deit_small_patch16_224', # timm name or VisionTransformer
+    backbone:str|VisionTransformer='deit_small_patch16_224', # timm name or instance
     variant:str=None, # 'v1', 'v2', default both
     num_classes:int=20, # C
-    image_size=224, # pixels, or (H,W)
-) -> str:
+    image_size:int|tuple=224, # pixels, or (H,W)
+) -> str: # a few lines of text
     "Table 4 for any backbone: parameters and multiply-adds, rounded as in the paper and exact."
     h, w = (image_size, image_size) if isinstance(image_size, int) else image_size
     line = '{:14s} {:>10s} {:>11s} {:>9s}   {:>13s} {:>20s} {:>16s}'.format

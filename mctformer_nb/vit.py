@@ -38,9 +38,9 @@ def _problems(vit):
     for kind in {type(a) for a in attns if type(a) is not Attention}: yield f'its attention is {kind.__name__}, not Attention'
     if any(getattr(a, 'gate', None) is not None for a in attns): yield 'its attention is gated'
 
-# %% ../nbs/10_vit.ipynb #f6a84ffd
+# %% ../nbs/10_vit.ipynb #d137b470
 def check_vit(
-    vit, # any model
+    vit:nn.Module, # any model
     name:str='', # its name, for the message
 ) -> VisionTransformer: # the same model
     "Return `vit` if MCTformer can be built on it, else raise a `DataError` that names all reasons."
@@ -49,9 +49,9 @@ def check_vit(
                             "Use a plain timm ViT such as deit_small_patch16_224 or vit_small_patch14_dinov2.")
     return vit
 
-# %% ../nbs/10_vit.ipynb #12e60049
+# %% ../nbs/10_vit.ipynb #c9032cc4
 def read_state_dict(
-    path, # a .safetensors file, or a PyTorch file holding a state dict, bare or under 'model' or 'state_dict'
+    path:str|Path, # a .safetensors file, or a PyTorch file holding a state dict, bare or under 'model' or 'state_dict'
 ) -> dict: # name -> tensor, float32
     "State dict of a weight file, read without running any code of the file. Raises `DataError`."
     path = Path(path)
@@ -76,10 +76,10 @@ def _tensors_only(sd, source='state dict'):
         raise DataError(f'{source}: it is not a state dict (a mapping from names to tensors). Save `model.state_dict()`.')
     return {k: v.float() if v.is_floating_point() else v for k, v in clean_state_dict(sd).items()}
 
-# %% ../nbs/10_vit.ipynb #787be2e7
+# %% ../nbs/10_vit.ipynb #4edca24a
 def load_vit(
     vit:VisionTransformer, # changed in place
-    path, # weight file, see `read_state_dict`; for a hybrid, of the whole model or of its CNN
+    path:str|Path, # weight file, see `read_state_dict`; for a hybrid, of the whole model or of its CNN
 ) -> VisionTransformer: # the same model
     "Load backbone weights from a file. Raises `DataError` naming missing keys or wrong shapes."
     sd, target, unused = read_state_dict(path), vit, ('head', 'norm.', 'fc_norm.')
@@ -93,11 +93,11 @@ def load_vit(
     if missing: raise DataError(f"{path}: {len(missing)} weights of the backbone are missing, e.g. {', '.join(missing[:3])}. Use a file for the same architecture.")
     return vit
 
-# %% ../nbs/10_vit.ipynb #584cdab7
+# %% ../nbs/10_vit.ipynb #3d29934b
 @contextmanager
 def capture_qk(
-    blocks, # the model's transformer blocks (timm `Block`)
-    which=None, # indices of the blocks to watch, default all
+    blocks:nn.Sequential, # the model's transformer blocks (timm `Block`)
+    which:list=None, # indices of the blocks to watch, default all
 ): # yields {block: {'q': (B,H,N,d), 'k': (B,H,N,d)}}, filled by the next forward pass
     "Queries and keys of the chosen blocks, read where timm hands them over, at `attn.q_norm` and `attn.k_norm`."
     which = range(len(blocks)) if which is None else which
@@ -181,11 +181,11 @@ def mct_tiny_patch8_128(
     if pretrained: load_vit(vit, files('mctformer_nb')/'data'/'tiny_vit.safetensors')
     return vit
 
-# %% ../nbs/10_vit.ipynb #5c6b85e6
+# %% ../nbs/10_vit.ipynb #bc5b0c98
 @register_model
 def mct_hybrid_efficientnet_lite0(
     pretrained:bool=False, # CNN part from timm's hub (ImageNet-1k)
-    cnn_weights=None, # or from a file with timm's efficientnet_lite0 weights
+    cnn_weights:str|Path=None, # or from a file with timm's efficientnet_lite0 weights
     img_size:int=224, # native size, pixels
     pos_scale:float=1., # see `mimetic_init`
     **kwargs, # more arguments of timm's VisionTransformer, e.g. drop_path_rate
@@ -199,12 +199,12 @@ def mct_hybrid_efficientnet_lite0(
     if cnn_weights is not None: load_vit(vit, cnn_weights)
     return mimetic_init(vit, pos_scale=pos_scale)
 
-# %% ../nbs/10_vit.ipynb #fd6d4b05
+# %% ../nbs/10_vit.ipynb #6a6f0d21
 def resize_pos(
-    pos, # (1,M,D) position rows of the patches
+    pos:torch.Tensor, # (1,M,D) position rows of the patches
     to:tuple, # (h,w) wanted grid
     grid:tuple=None, # (gh,gw) grid of `pos`, default square
-): # (1,h*w,D)
+) -> torch.Tensor: # (1,h*w,D)
     "Resize patch position rows to another grid."
     grid = tuple(grid or [math.isqrt(pos.shape[1])]*2)
     if grid == tuple(to): return pos
@@ -212,10 +212,10 @@ def resize_pos(
     p = F.interpolate(p, size=tuple(to), mode='bicubic', align_corners=False)
     return p.flatten(2).transpose(1, 2)                            # (1,D,h,w) -> (1,h*w,D)
 
-# %% ../nbs/10_vit.ipynb #7fe233cf
+# %% ../nbs/10_vit.ipynb #dc51ec0c
 def build_vit(
-    backbone='deit_small_patch16_224', # timm model name, or a VisionTransformer
-    pretrained=False, # True: weights of timm's hub; a path: weights of that file, see `load_vit`
+    backbone:str|VisionTransformer='deit_small_patch16_224', # timm model name, or a VisionTransformer
+    pretrained:bool|str|Path=False, # True: weights of timm's hub; a path: weights of that file, see `load_vit`
     drop_path:float=.1, # stochastic depth of the last block, rising linearly from 0; a given instance keeps its own
     **kwargs, # for timm.create_model, e.g. img_size
 ) -> VisionTransformer:
