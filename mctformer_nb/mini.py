@@ -127,7 +127,7 @@ def _place(rng, n, others, r):
         if all(np.linalg.norm(c-q) > .9*(r+p) for q,p in others): break
     return c
 
-# %% ../nbs/01_mini.ipynb #937acd57
+# %% ../nbs/01_mini.ipynb #2b583bc7
 _SPLITS = dict(train=1, val=2, pretrain=3)
 def draw_scene(
     index:int,           # which scene of the split
@@ -135,7 +135,7 @@ def draw_scene(
     split:str='train',   # 'train' | 'val' | 'pretrain' (the other classes)
     seed:int=0,          # another seed is another data set
     objects=(1,3),       # fewest and most objects
-    scale=(.19,.30),     # object radius as a part of the side
+    scale=(.22,.34),     # object radius as a part of the side
 ) -> tuple[np.ndarray, np.ndarray]: # image uint8 (size,size,3), mask uint8 (size,size): 0 background, class index + 1
     "Scene `index` of a split: the same arguments always draw the same picture. Raises `ValueError` for an unknown split or a side under 16."
     if split not in _SPLITS: raise ValueError(f"split {split!r} is not drawn. Use one of {', '.join(_SPLITS)}.")
