@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VOC_CLASSES', 'DataError', 'voc_palette', 'colorize', 'overlay', 'legend', 'set_seed', 'atomic_path', 'write_json',
-           'read_json', 'open_image', 'open_mask', 'save_mask', 'progress']
+           'read_json', 'open_image', 'image_size', 'open_mask', 'save_mask', 'progress']
 
 # %% ../nbs/00_core.ipynb #fe8f6633
 import json, math, os, random, shutil, sys, tempfile
@@ -58,9 +58,9 @@ def overlay(
     mixed = (1-alpha)*photo + alpha*colorize(mask)          # (H,W,3)
     return Image.fromarray(np.where(mask[...,None]>0, mixed, photo).astype(np.uint8))
 
-# %% ../nbs/00_core.ipynb #bf6bd288
+# %% ../nbs/00_core.ipynb #2a25adb1
 def legend(
-    ax, # matplotlib axis
+    ax:object, # matplotlib axis
     mask:np.ndarray, # (H,W) of mask values
     classes:list, # foreground names, mask value 1 first
 ):
@@ -132,14 +132,14 @@ def _to_rgb(im):
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
     return im.convert('RGB')
 
-# %% ../nbs/00_core.ipynb #d9d3e420
+# %% ../nbs/00_core.ipynb #0d40436e
 _FORMATS = ('JPEG','PNG','BMP','GIF','TIFF','WEBP','PPM')
 
-def _load(path):
-    "Decode `path` completely, or say what is wrong with it"
+def _load(path, decode=True):
+    "Open `path`, decode it completely unless told otherwise, or say what is wrong with it"
     try:
         im = Image.open(path, formats=_FORMATS); w,h = im.size; limit = Image.MAX_IMAGE_PIXELS
-        if w*h and not (limit and w*h>limit): im.load()
+        if decode and w*h and not (limit and w*h>limit): im.load()
     except FileNotFoundError: raise DataError(path, 'there is no such file', 'Check the name and the folder') from None
     except Exception as e: raise DataError(path, *_why(path, e)) from None
     if w*h==0: raise DataError(path, f'the image is {w} x {h} pixels', 'Replace the file or take its id off the list')
@@ -166,6 +166,16 @@ def open_image(
     try: im = ImageOps.exif_transpose(im)
     except Exception: pass          # a damaged note about rotation does not make the photo unusable
     return _to_rgb(im)
+
+# %% ../nbs/00_core.ipynb #3f7687a6
+def image_size(
+    path:str|Path, # a photo
+)->tuple[int,int]: # (width, height) of the upright photo
+    "Size of a photo from its header; `DataError` if that cannot be read"
+    with _load(path, decode=False) as im:
+        try: turn = im.getexif().get(0x0112)
+        except Exception: turn = None
+        return im.size[::-1] if turn in (5,6,7,8) else im.size     # these four turn by 90 degrees
 
 # %% ../nbs/00_core.ipynb #599a69a2
 def open_mask(
@@ -194,9 +204,9 @@ def save_mask(
     im = Image.fromarray(mask.astype(np.uint8)); im.putpalette(voc_palette().tobytes())
     with atomic_path(path) as p: im.save(p, format='PNG')
 
-# %% ../nbs/00_core.ipynb #3c5a4380
+# %% ../nbs/00_core.ipynb #23f70376
 def progress(
-    iterable, # what to walk through
+    iterable:object, # what to walk through
     desc:str='', # words before the bar
     total:int=None, # number of steps, if `iterable` has no length
     force:bool=False, # draw even when stderr is not a terminal
