@@ -75,6 +75,20 @@ def fuse_maps(
     "Fusion of attention and PatchCAM"
     return (attn*cam).sqrt() if rule == 'plus' else attn*cam
 
+# %% ../nbs/21_attention.ipynb #659cec24
+@contextmanager
+def _one_buffer(blocks, qk):
+    "Move captured queries and keys into one buffer (layers,2,B,H,N,d), layer by layer, so that the values can be freed"
+    buffer, handles = [], []
+    def move(row, layer):
+        q = layer['q']
+        if not buffer: buffer.append(q.new_empty(len(qk), 2, *q.shape))
+        layer.update({n: to.copy_(layer[n]) for n,to in zip('qk', buffer[0][row])})
+    for row,l in enumerate(qk): handles.append(blocks[l].attn.register_forward_hook(lambda *_, row=row, l=l: move(row, qk[l])))
+    try: yield
+    finally:
+        for h in handles: h.remove()
+
 # %% ../nbs/21_attention.ipynb #9a6d475d
 KINDS, RULES = ('attn', 'patchcam', 'fused'), ('reference', 'paper', 'plus')
 
@@ -106,7 +120,7 @@ def evaluating(
     finally:
         for m,t in modes.items(): m.training = t
 
-# %% ../nbs/21_attention.ipynb #3cb39732
+# %% ../nbs/21_attention.ipynb #4542b4a3
 @torch.no_grad()
 def localize(
     model:nn.Module,       # an MCTformer
@@ -122,7 +136,7 @@ def localize(
     C, L = model.num_classes, len(model.blocks)
     last, scales = range(L-K, L), {l: b.attn.scale for l,b in enumerate(model.blocks)}
     need = (last if rule == 'paper' else range(L)) if refine else last if kind != 'patchcam' else []
-    with evaluating(model), capture_qk(model.blocks, need) as qk: features = model.forward_features(x)[1] # (B,D,h,w)
+    with evaluating(model), capture_qk(model.blocks, need) as qk, _one_buffer(model.blocks, qk): features = model.forward_features(x)[1] # (B,D,h,w)
     if kind != 'patchcam': attn = fuse_layers({l: qk[l] for l in last}, C, scales, idx, rule, features.shape[-2:])
     if kind != 'attn': cam = patch_cam(features, model.head, idx, rule)
     maps = attn if kind == 'attn' else cam if kind == 'patchcam' else fuse_maps(attn, cam, rule)
@@ -161,10 +175,10 @@ def localize_image(
     maps = F.interpolate(maps, image.size[::-1], mode='bilinear', align_corners=False)[0] # (c,H,W)
     return minmax(maps).cpu()
 
-# %% ../nbs/21_attention.ipynb #ffdfa8de
+# %% ../nbs/21_attention.ipynb #e99ceaed
 def plot_maps(
     image:Image.Image, # photo, or an array (H,W,3)
-    maps,              # (c,H,W) or (c,h,w) in [0,1]
+    maps:Tensor,       # (c,H,W) or (c,h,w) in [0,1]
     names:list,        # one title a map
     ncols:int=5,       # pictures a row, the photo included
     side:float=1.8,    # inches a picture
