@@ -92,7 +92,7 @@ def _demo(a):
     run_demo(a.out, seed=a.seed, device=_check_device(a.device))
     print(f'done: open {Path(a.out)/"report.html"} in a browser')
 
-# %% ../nbs/60_cli.ipynb #642148ee
+# %% ../nbs/60_cli.ipynb #8f1a181c
 def mct_prepare_voc(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
@@ -101,11 +101,13 @@ def mct_prepare_voc(
     p.add_argument('path', metavar='PATH', help='folder VOC2012 of the devkit')
     p.add_argument('--sbd', metavar='DIR', help='folder of SBD that holds cls/*.mat')
     p.add_argument('--download', action='store_true', help='fetch what is missing (2 GB VOC, 1.4 GB SBD)')
+    p.add_argument('--expected', type=_number(int, 0), default=10582, metavar='N', help='images that trainaug must have, 0: any number (default: 10582)')
     return _run(p, argv, _prepare_voc)
 
 def _prepare_voc(a):
     from mctformer_nb.datasets import prepare_voc
-    prepare_voc(a.path, sbd=a.sbd, download=a.download)
+    r = prepare_voc(a.path, sbd=a.sbd, download=a.download, expected=a.expected or None)
+    print(f'trainaug has {r["images"]} images; masks written now: {r["voc"]} of VOC, {r["sbd"]} of SBD')
     _next('mct_train', data=f'voc:{a.path}', split='trainaug', out='runs/v2')
 
 # %% ../nbs/60_cli.ipynb #9853ae40
