@@ -6,8 +6,8 @@
 __all__ = ['mct_loss', 'prior_loss', 'make_transform', 'Photos', 'make_loaders', 'average_precision', 'MeanAP', 'param_groups',
            'CosineSchedule', 'make_learner', 'plot_history', 'train_classifier', 'show_batch', 'show_results']
 
-# %% ../nbs/12_train.ipynb #800e22e9
-import hashlib, json, random, shutil, sys, time, warnings
+# %% ../nbs/12_train.ipynb #57311098
+import hashlib, inspect, json, random, shutil, sys, time, warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from timm.scheduler import CosineLRScheduler
 from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms as T
 from .core import DataError, atomic_path, progress, set_seed
+from .datasets import Dataset
 from .mctformer import MCTformer, save_run
 
 # %% ../nbs/12_train.ipynb #a193c3cd
@@ -75,12 +76,18 @@ def _seeded(*key):
     try: yield
     finally: random.setstate(old[0]); np.random.set_state(old[1]); torch.set_rng_state(old[2])
 
-# %% ../nbs/12_train.ipynb #00ccc7e4
+# %% ../nbs/12_train.ipynb #7d64b8e1
+def _shrink(im, side):
+    "`im` with its shorter side at most `side` pixels"
+    s = side/min(im.size)
+    return im if s>=1 else im.resize([round(v*s) for v in im.size], Image.BICUBIC, reducing_gap=3)
+
+# %% ../nbs/12_train.ipynb #d4927364
 class Photos(torch.utils.data.Dataset):
     "Training samples (image (3,size,size), labels (C,)) of the labelled photos of `ds`. Raises `DataError` if there are none."
     def __init__(self,
-        ds, # Dataset
-        tfm, # from `make_transform`
+        ds:Dataset, # photos and labels
+        tfm:callable, # from `make_transform`
         seed:int=0, # of the augmentation
         on_bad:str='raise', # unreadable photo: 'raise' or 'skip'
         cache:int=0, # keep decoded photos in memory, shorter side at most this many pixels; 0 does not
@@ -93,9 +100,7 @@ class Photos(torch.utils.data.Dataset):
     def photo(self, i):
         if i in self.memory: return self.memory[i]
         im = self.ds.image(self.at[i])
-        if not self.cache: return im
-        if (s := self.cache/min(im.size)) < 1: im = im.resize([round(v*s) for v in im.size], Image.BICUBIC, reducing_gap=3)
-        return self.memory.setdefault(i, im)
+        return self.memory.setdefault(i, _shrink(im, self.cache)) if self.cache else im
     def __getitem__(self, key):
         i, epoch = key if isinstance(key, tuple) else (key, 0)
         try: im = self.photo(i)
@@ -125,10 +130,10 @@ def _loader(photos, batch_size, workers, seed, train):
                       drop_last=train and len(photos)>batch_size, pin_memory=torch.cuda.is_available(), persistent_workers=workers>0,
                       generator=torch.Generator())       # its own, or else the loader would draw from the global one
 
-# %% ../nbs/12_train.ipynb #46a1d2bf
+# %% ../nbs/12_train.ipynb #fef4ca84
 def make_loaders(
-    ds, # Dataset to train on
-    valid=None, # Dataset for loss and mAP after each epoch
+    ds:Dataset, # to train on
+    valid:Dataset=None, # for loss and mAP after each epoch
     image_size:int=224, # reference: 224
     batch_size:int=64, # reference: 64
     aug='reference', # see `make_transform`
@@ -240,10 +245,10 @@ class _Bar(Callback):
         if self.training: self.bar.update(); self.bar.set_postfix_str(f'loss {self.loss.item():.3f}', refresh=False)
     def after_train(self): self.bar.leave = False; self.bar.close()
 
-# %% ../nbs/12_train.ipynb #9915f44f
+# %% ../nbs/12_train.ipynb #6e0edce9
 def make_learner(
     dls:DataLoaders, # from `make_loaders`
-    model:MCTformer,
+    model:MCTformer, # moved to the device of `dls`
     lr:float=None, # default 5e-4 * batch size / 512
     weight_decay:float=.05, # reference
     lr_mult:dict=None, # see `param_groups`
@@ -259,11 +264,12 @@ def make_learner(
     fields = ['cls'] + ['patch']*(model.variant=='v2')
     amp = amp or ('fp16' if dls.device.type=='cuda' else 'off')
     cbs = [CosineSchedule(**schedule), _Seeds(seed), _KeepFrozen(), *([] if amp=='off' else [_Precision(amp)]), *cbs]
-    return Learner(dls, model.to(dls.device), mct_loss, opt_func=adamw, lr=lr, metrics=[MeanAP(f) for f in fields], cbs=cbs)
+    model.to(dls.device, memory_format=torch.channels_last)               # a third less time for a convolutional stem on a CPU
+    return Learner(dls, model, mct_loss, opt_func=adamw, lr=lr, metrics=[MeanAP(f) for f in fields], cbs=cbs)
 
-# %% ../nbs/12_train.ipynb #4d399d8c
+# %% ../nbs/12_train.ipynb #ac2fb04b
 def plot_history(
-    history, # history.csv, or a run folder with it
+    history:str|Path, # history.csv, or a run folder with it
     prior:float=None, # draw a line at this loss, see `prior_loss`
 )->Figure:
     "Losses and mAP by epoch"
@@ -272,12 +278,12 @@ def plot_history(
     a.plot(h.epoch, h.train_loss, label='train'); a.set(xlabel='epoch', ylabel='loss')
     if h.valid_loss.notna().any(): a.plot(h.epoch, h.valid_loss, label='valid')
     if prior: a.axhline(prior, color='grey', ls=':', label='label frequencies')
-    a.legend(frameon=False)
+    a.legend(frameon=False, fontsize=8)
     for c in h.columns[h.columns.str.startswith('map_')]: b.plot(h.epoch, h[c], label=dict(map_cls='class tokens', map_patch='patches')[c])
-    b.set(xlabel='epoch', ylabel='mAP (%)', ylim=(0, 100)); b.legend(frameon=False)
+    b.set(xlabel='epoch', ylabel='mAP (%)', ylim=(0, 103)); b.legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../nbs/12_train.ipynb #a3d05c5e
+# %% ../nbs/12_train.ipynb #c0f42bf4
 class _RunFolder(Callback):
     "After each epoch: history, model, best model and the state to resume from, in the run folder `out`"
     order = 90
@@ -290,11 +296,10 @@ class _RunFolder(Callback):
         if self.training: self.sums.append(self.learn.loss.detach())
     def after_epoch(self):
         if self.epoch < self.state['epoch']: return                       # an epoch that was done before the run was resumed
-        _, loss, *maps = (float('nan') if v is None else float(v) for v in self.learn.final_record)
-        row = dict(epoch=self.epoch+1, train_loss=float(torch.stack(self.sums).mean()), valid_loss=loss, **dict(zip(self.metrics.attrgot('name'), maps)),
+        row = dict(epoch=self.epoch+1, train_loss=float(torch.stack(self.sums).mean()), **_validation(self.learn),
                    lr=self.learn.cosine_schedule.now, seconds=round(time.time()-self.began, 2))
         self.state |= dict(epoch=self.epoch+1, history=self.state['history']+[row])
-        self.save(row); self.report(row)
+        self.save(row); self.log(_line(self.state['history'], self.n_epoch))
     def save(self, row):
         with atomic_path(self.out/'history.csv') as p: pd.DataFrame(self.state['history']).to_csv(p, index=False, float_format='%.7g')
         config = dict(self.config, epoch=row['epoch'], metrics={k: v for k,v in row.items() if k.startswith(('map', 'valid'))})
@@ -303,11 +308,18 @@ class _RunFolder(Callback):
         weights = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), scaler=self.learn.scaler.state_dict() if hasattr(self.learn, 'scaler') else {})
         with atomic_path(self.out/'resume.pt') as p: # a finished run needs no weights to resume from
             torch.save(dict(self.state, settings=json.dumps(self.settings)) | ({} if row['epoch']==self.n_epoch else weights), p)
-    def report(self, row):
-        left = (self.n_epoch-row['epoch'])*np.mean([r['seconds'] for r in self.state['history'][-3:]])
-        maps = ' '.join(f"{k[4:]} {v:.1f}" for k,v in row.items() if k.startswith('map'))
-        self.log(f"epoch {row['epoch']}/{self.n_epoch}  loss {row['train_loss']:.4f}  valid {row['valid_loss']:.4f}  mAP {maps}  lr {row['lr']:.1e}  "
-                 f"{row['seconds']:.0f} s, {left/60:.0f} min left")
+
+# %% ../nbs/12_train.ipynb #9a34b528
+def _validation(learn):
+    "Loss and mAPs that fastai recorded for this epoch, NaN without validation data"
+    return {k: float('nan') if v is None else float(v) for k,v in zip(['valid_loss', *learn.metrics.attrgot('name')], learn.final_record[1:])}
+
+def _line(history, epochs):
+    "One line about the last epoch"
+    row = history[-1]; left = (epochs-row['epoch'])*np.mean([r['seconds'] for r in history[-3:]])
+    maps = ' '.join(f"{k[4:]} {v:.1f}" for k,v in row.items() if k.startswith('map'))
+    return (f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}  valid {row['valid_loss']:.4f}  mAP {maps}  lr {row['lr']:.1e}  "
+            f"{row['seconds']:.0f} s, {left/60:.0f} min left")
 
 # %% ../nbs/12_train.ipynb #49e6a566
 def _fingerprint(ds):
@@ -317,13 +329,14 @@ def _fingerprint(ds):
 
 def _plain(v): return v if isinstance(v, (int, float, str, type(None))) else {k: _plain(x) for k,x in v.items()} if isinstance(v, dict) else str(v) if isinstance(v, Path) else type(v).__name__
 
-# %% ../nbs/12_train.ipynb #bdb00059
+# %% ../nbs/12_train.ipynb #408e79c5
 def _open_run(out, settings, fresh=False):
     "State of the run in folder `out`, started if it is new. Raises `DataError` if it is another run's"
     out, file, settings = Path(out), Path(out)/'resume.pt', json.loads(json.dumps(settings))
     if fresh:
         for f in ('resume.pt', 'history.csv', 'model.safetensors', 'config.json', 'figures/loss.png'): (out/f).unlink(missing_ok=True)
         shutil.rmtree(out/'best', ignore_errors=True)
+    for tmp in out.glob('**/.tmp-*'): shutil.rmtree(tmp, ignore_errors=True)  # what a killed process left
     new = 'Use another --out, or --fresh to throw the old run away.'
     if not file.is_file():
         if (out/'model.safetensors').exists(): raise DataError(f'{out}: holds a model that this command did not train. {new}')
@@ -334,13 +347,20 @@ def _open_run(out, settings, fresh=False):
     if wrong: raise DataError(f"{out}: was trained with other settings ({'; '.join(wrong)}). {new}")
     return state
 
-# %% ../nbs/12_train.ipynb #1714e2dc
-def _start(model, learn, state):
+# %% ../nbs/12_train.ipynb #dc36f0ec
+def _start(learn, state):
     "Put weights and optimiser of `state` into the learner, if there are any"
     learn.remove_cb(ProgressCallback); learn.logger = noop                # the run folder reports
     learn.create_opt()
-    if 'model' in state: model.load_state_dict(state.pop('model')); learn.opt.opt.load_state_dict(state.pop('opt'))
+    if 'model' in state: learn.model.load_state_dict(state.pop('model')); learn.opt.opt.load_state_dict(state.pop('opt'))
     return learn
+
+def _fit(learn, epochs, saver, prior):
+    "Train the epochs that are left"
+    try: learn.fit(epochs, start_epoch=saver.state['epoch'])
+    except KeyboardInterrupt:
+        done = saver.state['epoch']; saver.log(f'{saver.out}: stopped in epoch {done+1}. The same command goes on from epoch {done}.'); raise
+    return _finish(saver.out, prior)
 
 def _finish(out, prior):
     "Draw the curves of a finished run, if that is not done; returns the folder"
@@ -348,63 +368,54 @@ def _finish(out, prior):
         with atomic_path(file) as p: plot_history(out, prior).savefig(p)
     return out
 
-# %% ../nbs/12_train.ipynb #2bc3b4b3
+# %% ../nbs/12_train.ipynb #0bdd82c2
+_elsewhere = ('ds', 'valid', 'device', 'dls', 'model', 'seed', 'cbs')       # what train_classifier hands over itself
+_no_result = ('workers', 'cache')                                          # what does not change the weights
+
+def _deal(options):
+    "Options by receiver: loaders, learner (with the schedule), model; and all of them, with defaults, as a plain dict"
+    defaults = lambda *fs: {k: p.default for f in fs for k,p in inspect.signature(f).parameters.items() if k not in _elsewhere and p.default is not p.empty}
+    parts = [defaults(make_loaders), defaults(make_learner, CosineSchedule), dict(variant='v2', backbone='deit_small_patch16_224', score='avg', drop_path=.1)]
+    known = {k for part in parts for k in part}
+    load, fit, model = ({**part, **{k: v for k,v in options.items() if k in part or i==2 and k not in known}} for i,part in enumerate(parts))
+    odd = model.keys() - parts[2].keys() - {'grad_checkpointing'}
+    if odd and not isinstance(model['backbone'], str): raise DataError(f"option {', '.join(sorted(odd))}: unknown. Use {', '.join(sorted(known))}.")
+    return load, fit, model, {k: _plain(v) for k,v in {**load, **fit, **model}.items() if k not in _no_result}
+
+# %% ../nbs/12_train.ipynb #da5b3c73
 def train_classifier(
-    ds, # Dataset to train on; only its image-level labels are used
-    valid=None, # Dataset with the same classes, for loss and mAP after each epoch
+    ds:Dataset, # to train on; only its image-level labels are used
+    valid:Dataset=None, # the same classes, for loss and mAP after each epoch
     out:str|Path='runs/classifier', # run folder
-    variant:str='v2', # 'v1' | 'v2'
-    backbone='deit_small_patch16_224', # timm name or VisionTransformer
-    pretrained=True, # True: timm's hub; a path: that weight file; False: random
-    score:str='avg', # class score: 'avg' | 'max' | 'fc' (Table 7)
     epochs:int=60, # reference
-    batch_size:int=64, # reference
-    image_size:int=224, # pixels, reference
-    lr:float=None, # default 5e-4 * batch_size / 512, reference
-    min_lr:float=1e-5, # reference
-    warmup_epochs:int=5, # reference; at most a quarter of `epochs`
-    per_step:bool=False, # move the learning rate in every step instead of every epoch
-    weight_decay:float=.05, # reference
-    drop_path:float=.1, # reference
-    lr_mult:dict=None, # {prefix of parameter names: factor on lr, 0 freezes}
-    aug='reference', # augmentation, see `make_transform`
-    valid_aug='center', # evaluation crop, 'center' | 'squash'
-    amp:str=None, # 'fp16' (default on CUDA) | 'bf16' | 'off'
-    grad_checkpointing:bool=False, # less memory, more time
+    pretrained:bool|str=True, # True: timm's hub; a path: that weight file; False: random
     seed:int=0, # of everything random
-    device=None, # default CUDA if there is one
-    workers:int=0, # processes that load photos
-    cache:bool=False, # keep decoded photos in memory
-    on_bad:str='raise', # unreadable photo: 'raise' | 'skip'
+    device:str=None, # default CUDA if there is one
     fresh:bool=False, # throw away what is in `out`
-    log=partial(print, flush=True), # receives one line per epoch
-    **backbone_args, # for timm.create_model
+    log:callable=partial(print, flush=True), # receives one line per epoch
+    **options, # of `make_loaders`, `make_learner`, `CosineSchedule`, `MCTformer`; the rest is for timm
 )->Path: # the run folder
     "Train an MCTformer into a run folder, or go on with the run that is there. Raises `DataError`."
-    no_result = ('ds', 'valid', 'out', 'device', 'workers', 'cache', 'fresh', 'log', 'backbone_args')  # these do not change what is learnt
-    settings = {k: _plain(v) for k,v in locals().items() if k not in no_result} | dict(backbone_args=_plain(backbone_args), data=_fingerprint(ds), valid=valid and _fingerprint(valid))
-    out, state, prior = Path(out), _open_run(out, settings, fresh), prior_loss(ds.targets(), variant)
+    load, fit, rest, settings = _deal(options)
+    settings |= dict(epochs=epochs, pretrained=_plain(pretrained), seed=seed, data=_fingerprint(ds), valid=valid and _fingerprint(valid))
+    out, state, prior = Path(out), _open_run(out, settings, fresh), prior_loss(ds.targets(), rest['variant'])
     if state['epoch']>=epochs: log(f"{out}: finished after {state['epoch']} epochs, nothing to do. Use --fresh to train again."); return _finish(out, prior)
     set_seed(_seed_of(seed))
-    model = MCTformer(len(ds.classes), variant, backbone, False if state['epoch'] else pretrained, score, drop_path, grad_checkpointing, **backbone_args)
-    dls = make_loaders(ds, valid, image_size, batch_size, aug, valid_aug, seed, workers, cache, on_bad, device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    config = dict(classes=list(ds.classes), image_size=image_size, train=settings)
-    learn = make_learner(dls, model, lr, weight_decay, lr_mult, seed, amp, [_RunFolder(out, settings, config, state, log), _Bar()],
-                         min_lr=min_lr, warmup_epochs=warmup_epochs, per_step=per_step)
-    left_out = dls.train.dataset.unlabelled
-    log(f"{out}: {settings['data']}, {left_out} without label; {sum(p.numel() for p in model.parameters())/1e6:.1f} M parameters on {dls.device}; loss of the label frequencies {prior:.4f}")
-    try: _start(model, learn, state).fit(epochs, start_epoch=state['epoch'])
-    except KeyboardInterrupt: log(f"{out}: stopped in epoch {state['epoch']+1}. The same command goes on from epoch {state['epoch']}."); raise
-    return _finish(out, prior)
+    dls = make_loaders(ds, valid, **load, seed=seed, device=device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    model = MCTformer(len(ds.classes), pretrained=pretrained if state['epoch']==0 else False, **rest)
+    saver = _RunFolder(out, settings, dict(classes=list(ds.classes), image_size=load['image_size'], train=settings), state, log)
+    learn = _start(make_learner(dls, model, **fit, seed=seed, cbs=[saver, _Bar()]), state)
+    log(f"{out}: {settings['data']}, {dls.train.dataset.unlabelled} without label; {sum(p.numel() for p in model.parameters())/1e6:.1f} M parameters on {dls.device}; loss of the label frequencies {prior:.4f}")
+    return _fit(learn, epochs, saver, prior)
 
-# %% ../nbs/12_train.ipynb #8b5499ab
+# %% ../nbs/12_train.ipynb #74c3bd5d
 def show_batch(
     dls:DataLoaders, # from `make_loaders`
     n:int=6, # photos
     epoch:int=0, # whose random numbers
 )->Figure:
     "Training photos as the network sees them, with their labels"
-    data = dls.train.dataset; fig = Figure(figsize=(1.5*n, 1.8), dpi=72, layout='constrained')
+    data = dls.train.dataset; fig = Figure(figsize=(1.5*n, 1.8), dpi=60, layout='constrained')
     mean,std = np.array(IMAGENET_DEFAULT_MEAN), np.array(IMAGENET_DEFAULT_STD)
     for i,ax in enumerate(fig.subplots(1, n, squeeze=False)[0]):
         ax.axis('off')
@@ -414,15 +425,15 @@ def show_batch(
         ax.set_title(', '.join(np.array(data.ds.classes)[y.numpy()>0]), fontsize=8)
     return fig
 
-# %% ../nbs/12_train.ipynb #02186b49
+# %% ../nbs/12_train.ipynb #3d6bf0f7
 @torch.no_grad()
 def show_results(
-    model, # trained MCTformer
-    ds, # Dataset
-    items=None, # positions, default the first ones with a label
+    model:MCTformer, # trained
+    ds:Dataset, # photos to look at
+    items:list=None, # positions, default the first ones with a label
     n:int=6, # photos, if `items` is not given
     image_size:int=224, # as in training
-    maps_fn=None, # (model, x (1,3,H,W), classes) -> maps (len(classes),h,w), e.g. with `localize`
+    maps_fn:callable=None, # (model, x (1,3,H,W), classes) -> maps (len(classes),h,w), e.g. with `localize`
 )->Figure:
     "Photos, the three strongest class scores of each, and optionally the map of the strongest class"
     device, model, tfm = next(model.parameters()).device, model.eval(), make_transform('squash', image_size)
@@ -434,8 +445,8 @@ def show_results(
         p = torch.stack([s.float().sigmoid() for s in model(x) if s is not None]).mean((0, 1)).cpu().numpy()  # (1 or 2,1,C) -> (C,)
         best, true = np.argsort(-p)[:3], set(np.asarray(ds.labels(i)).tolist())
         a.imshow(im); a.axis('off'); a.set_title(', '.join(ds.classes[c] for c in sorted(true)), fontsize=8)
-        if maps_fn: a.imshow(_enlarge(maps_fn(model, x, [int(best[0])]), im.size), cmap='jet', alpha=.45)
-        b.barh(range(len(best)), p[best], color=['tab:green' if c in true else 'tab:red' for c in best])
+        if maps_fn: a.imshow(_enlarge(maps_fn(model, x, [int(best[0])]), im.size), cmap='jet', alpha=.35)
+        b.barh(range(len(best)), p[best], color=['tab:blue' if c in true else 'lightgrey' for c in best])
         b.set(yticks=range(len(best)), xlim=(0, 1), xticks=[]); b.set_yticklabels([ds.classes[c] for c in best], fontsize=7); b.invert_yaxis()
     return fig
 

@@ -1,0 +1,87 @@
+"Training runs survive being killed, and refuse what they cannot continue"
+import os, signal, subprocess, sys
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from mctformer_nb.core import DataError
+from mctformer_nb.mctformer import load_run
+from mctformer_nb.train import train_classifier
+
+class Stripes:
+    "Photos of stripes; the class is their direction"
+    name, split, classes, ids, bad = 'stripes', 'train', ['across', 'down'], [str(i) for i in range(20)], None
+    def __len__(self): return len(self.ids)
+    def labels(self, i): return np.array([i % 2])
+    def targets(self): return np.eye(2, dtype=np.float32)[np.arange(len(self)) % 2]
+    def image(self, i):
+        if i==self.bad: raise DataError(f'photos/{i}.jpg', 'is truncated', 'Copy it again')
+        a = np.random.default_rng(i).integers(0, 60, (24, 24, 3)) + 150*(np.arange(24)//4 % 2)[:, None, None]
+        return Image.fromarray((a if i % 2 else a.transpose(1, 0, 2)).astype(np.uint8))
+
+def backbone():
+    torch.manual_seed(5)
+    return VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=0)
+
+def train(out, ds=Stripes(), **kw):
+    args = dict(pretrained=False, epochs=4, batch_size=4, image_size=16, lr=3e-3, valid_aug='squash', device='cpu')
+    return train_classifier(ds, ds, out=out, backbone=backbone(), **{**args, **kw})
+
+def die_at(name, times):
+    "SIGKILL this process when it is about to put file `name` in place for the `times`-th time"
+    replace, seen = os.replace, []
+    def deadly(a, b):
+        if Path(b).name==name: seen.append(b)
+        if len(seen)==times: os.kill(os.getpid(), signal.SIGKILL)
+        replace(a, b)
+    os.replace = deadly
+
+def train_and_die(out, name, times):
+    r = subprocess.run([sys.executable, __file__, str(out), name, str(times)], capture_output=True, text=True, cwd=Path(__file__).parents[1],
+                       env=dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()), PYTHONPATH=os.pathsep.join(filter(None, sys.path))))
+    assert r.returncode==-signal.SIGKILL, r.stderr
+    return r.stdout
+
+def result(out):
+    "What must be equal: weights as bytes, history without seconds"
+    return [(out/f/'model.safetensors').read_bytes() for f in ('', 'best')], pd.read_csv(out/'history.csv').drop(columns='seconds')
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory): return train(tmp_path_factory.mktemp('straight')/'run')
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='no SIGKILL on this system')
+def test_run_killed_twice(undisturbed, tmp_path, capfd):
+    out = tmp_path/'run'
+    first = train_and_die(out, 'model.safetensors', 3)     # writing epoch 2: the best so far is a second file of this name
+    second = train_and_die(out, 'resume.pt', 2)            # all files of a later epoch but the last
+    assert 'epoch 1/4' in first and 'epoch 4/4' not in first+second
+    assert 'epoch 1/4' not in second and '.tmp' in ' '.join(os.listdir(out))   # what the kill left
+    train(out, workers=1)                                  # the number of workers does not show in the result either
+    said = capfd.readouterr().out; assert 'epoch 1/4' not in said and 'epoch 4/4' in said
+    (weights, history), (weights2, history2) = result(undisturbed), result(out)
+    pd.testing.assert_frame_equal(history, history2, check_exact=True)
+    assert weights==weights2 and list(history2.epoch)==[1, 2, 3, 4] and (out/'figures/loss.png').exists()
+    assert not list(out.rglob('.tmp*'))
+
+def test_finished_run_and_other_settings(undisturbed, capfd):
+    before = result(undisturbed)[0]
+    train(undisturbed); assert 'finished after 4 epochs' in capfd.readouterr().out
+    with pytest.raises(DataError, match='epochs was 4, now 5.*--fresh'): train(undisturbed, epochs=5)
+    class More(Stripes): ids = Stripes.ids + ['20']
+    with pytest.raises(DataError, match='20 images.*21 images'): train(undisturbed, More())
+    assert result(undisturbed)[0]==before
+
+def test_run_folder_names_its_classes(undisturbed):
+    model, cfg = load_run(undisturbed, backbone=backbone(), num_classes=2)
+    assert cfg['classes']==['across', 'down'] and cfg['image_size']==16 and cfg['epoch']==4
+    assert model.cls_token.shape==(1, 2, 24) and model.head.weight.shape==(2, 24, 3, 3)
+    with pytest.raises(DataError, match='2 classes'): load_run(undisturbed, backbone=backbone(), num_classes=20)
+    assert (undisturbed/'resume.pt').stat().st_size < 10_000   # the weights are not kept twice
+
+def test_unreadable_photo(tmp_path, capfd):
+    class Bad(Stripes): bad = 7
+    with pytest.raises(DataError, match='photos/7.jpg: is truncated'): train(tmp_path/'a', Bad(), epochs=2)
+    train(tmp_path/'b', Bad(), epochs=2, on_bad='skip'); assert 'left out: photos/7.jpg' in capfd.readouterr().err
+
+if __name__=='__main__':
+    out, name, times = sys.argv[1:]; die_at(name, int(times)); train(out)
