@@ -141,13 +141,15 @@ def mini_dataset(
     fs = [partial(f, (size, split, seed)) for f in (_scene_image, _scene_size, _scene_labels, _scene_mask)]
     return Dataset('mini', mini_classes(), [f'{split}_{i:05d}' for i in range(n)], split, *fs, has_masks=True)
 
-# %% ../nbs/02_datasets.ipynb #9fccefee
+# %% ../nbs/02_datasets.ipynb #f4fa5853
 def _text(path):
     "Text of a file, or a `DataError`"
-    try: return Path(path).read_bytes().decode('utf-8-sig')
+    try: text = Path(path).read_bytes().decode('utf-8-sig')
     except FileNotFoundError: raise DataError(path, 'there is no such file', 'Check the path') from None
     except OSError as e: raise DataError(path, f'cannot be read ({e.strerror})', 'Check path and permissions') from None
     except UnicodeDecodeError as e: raise DataError(path, f'is not UTF-8 text (byte {e.start})', 'Save it as UTF-8') from None
+    if '\0' in text: raise DataError(path, 'holds zero bytes, it is not UTF-8 text', 'Save it as UTF-8')     # UTF-16 would hide things from the checks below
+    return text
 
 def _lines(path):
     "[(line number, text)] of the lines that are not empty"
@@ -337,17 +339,17 @@ def _coco_labels(coco, index, file):
 
 def _of(table, id): return table[id]
 
-# %% ../nbs/02_datasets.ipynb #4101fb9a
+# %% ../nbs/02_datasets.ipynb #9b4aa64a
 def _coco_mask(coco, index, crowd, images, file, id, size):
     "Objects of one image painted in order: crowds, then from large to small"
     im = images[id]; h,w = im['height'], im['width']
     if size is not None and tuple(size)!=(h,w): raise DataError(im['file_name'], f'the photo is {size[1]} x {size[0]} pixels, {file} says {w} x {h}', 'Use photos and annotations of the same release')
     mask = np.zeros((h,w), np.uint8)
     for a in sorted(coco.imgToAnns.get(im['id'], []), key=lambda a: (not a.get('iscrowd'), -a.get('area', 0))):
-        try: inside = coco.annToMask(a)>0                                   # (H,W)
+        try: inside = coco.annToMask(a)                                     # (H,W), 0 or 1
         except Exception as e: raise DataError(file, f'the outline of annotation {a["id"]} cannot be read ({type(e).__name__}: {e})', 'Correct or delete it') from None
-        if inside.shape!=mask.shape: raise DataError(file, f'the outline of annotation {a["id"]} is for an image of another size', 'Correct or delete it')
-        mask[inside] = 255 if a.get('iscrowd') and crowd=='ignore' else index[a['category_id']]+1
+        if inside.shape!=mask.shape or inside.max()>1: raise DataError(file, f'the run lengths of annotation {a["id"]} do not fill an image of {w} x {h}', 'Correct or delete it')
+        mask[inside>0] = 255 if a.get('iscrowd') and crowd=='ignore' else index[a['category_id']]+1
     return mask
 
 # %% ../nbs/02_datasets.ipynb #618d2c0a
