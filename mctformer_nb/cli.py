@@ -26,14 +26,15 @@ def _user_error(e):
     if type(e).__name__ == 'OutOfMemoryError': return 'the device ran out of memory. Give a smaller --batch-size or --image-size, or --device cpu.'
     if isinstance(e, (DataError, OSError)): return ' '.join(str(e).split())
 
-# %% ../nbs/60_cli.ipynb #fe27f76f
+# %% ../nbs/60_cli.ipynb #e3a52bd0
 def _run(parser, argv, body):
     "Parse `argv` (default: the command line), call `body` with the result -> exit status"
     args = parser.parse_args(argv)
     try: return body(args) or 0
     except KeyboardInterrupt:
         if args.debug: raise
-        print(f'\n{parser.prog}: stopped. Run the same command again to resume.', file=sys.stderr)
+        anew = [f'--{k}' for k in ('overwrite', 'fresh') if getattr(args, k, False)]
+        print(f'\n{parser.prog}: stopped. Run the same command again{", without " + anew[0] + "," if anew else ""} to resume.', file=sys.stderr)
         return 130
     except Exception as e:
         line = _user_error(e)
@@ -135,14 +136,14 @@ def _train_args(p):
     p.add_argument('--skip-bad', action='store_true', help='leave unreadable photos out instead of stopping')
     p.add_argument('--fresh', action='store_true', help='throw away the run that is in the folder')
 
-# %% ../nbs/60_cli.ipynb #d1b03b07
+# %% ../nbs/60_cli.ipynb #b7b41c62
 def mct_train(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
     "Train an MCTformer on image-level labels, or go on with the run that is in the folder."
     p = _Parser('mct_train', mct_train.__doc__, 'mct_train --data voc:VOCdevkit/VOC2012 --split trainaug --out runs/v2',
                 'mct_train --data folder:my_photos --valid-split val --pretrained deit_small.pth --epochs 30 --out runs/mine',
-                'mct_train --data mini --backbone mct_tiny_patch8_128 --image-size 128 --out runs/mini')
+                'mct_train --data mini --backbone mct_tiny_patch8_96 --image-size 128 --out runs/mini')
     _train_args(p)
     return _run(p, argv, _train)
 

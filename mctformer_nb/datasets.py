@@ -128,11 +128,11 @@ def _scene_mask(args, id, size): return _scene(*args, id)[1].copy()
 def _scene_size(args, id): return args[0], args[0]
 def _scene_labels(args, id): return [v-1 for v in np.unique(_scene(*args, id)[1]).tolist() if v]
 
-# %% ../nbs/02_datasets.ipynb #52ac1e85
+# %% ../nbs/02_datasets.ipynb #e5165f24
 def mini_dataset(
     split:str='train', # 'train' | 'val'
     n:int=None, # number of scenes, default 1000 for training and 200 for scoring
-    size:int=128, # side in pixels
+    size:int=96, # side in pixels
     seed:int=0, # another seed is another data set
 )->Dataset: # with masks
     "The drawn data set; `DataError` for an unknown split"

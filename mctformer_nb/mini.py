@@ -118,14 +118,13 @@ def _object(rng, n, spec, r, centre):
     a = np.asarray(im, np.float32)/255*shade[:,None,None] + .12*(_noise(rng, n, int(rng.integers(20,50))) - .5)
     return a.clip(0,1), np.asarray(m)
 
-# %% ../nbs/01_mini.ipynb #0a882d6c
+# %% ../nbs/01_mini.ipynb #ef1ec13e
 def _place(rng, n, others, r):
-    "A centre (x,y) for an object of radius `r` px: inside the picture, not buried by or burying `others` [(centre, radius)]"
+    "A centre (x,y) for an object of radius `r` px: inside the picture, the first of 30 that keeps clear of `others` [(centre, radius)], else the clearest"
     lo = min(1.15*r, n/2)
-    for _ in range(30):
-        c = rng.uniform(lo, n-lo, 2)
-        if all(np.linalg.norm(c-q) > .9*(r+p) for q,p in others): break
-    return c
+    tries = rng.uniform(lo, n-lo, (30,2))
+    room = [min([np.linalg.norm(c-q)/(r+p) for q,p in others], default=1.) for c in tries]
+    return tries[next((i for i,v in enumerate(room) if v>.9), int(np.argmax(room)))]
 
 # %% ../nbs/01_mini.ipynb #2b583bc7
 _SPLITS = dict(train=1, val=2, pretrain=3)

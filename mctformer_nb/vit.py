@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_vit', 'read_state_dict', 'load_vit', 'capture_qk', 'mimetic_init', 'freeze_bn', 'tiny_vit',
-           'mct_tiny_patch8_128', 'mct_hybrid_efficientnet_lite0', 'resize_pos', 'build_vit']
+           'mct_tiny_patch8_96', 'mct_hybrid_efficientnet_lite0', 'resize_pos', 'build_vit']
 
 # %% ../nbs/10_vit.ipynb #5a06c470
 import argparse, copy, difflib, math, pickle
@@ -172,7 +172,7 @@ _hub_args = ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir')
 def _own(kwargs): return {k: v for k, v in kwargs.items() if k not in _hub_args} # what timm's registry adds is not for us
 
 @register_model
-def mct_tiny_patch8_128(
+def mct_tiny_patch8_96(
     pretrained:bool=False, # load the embedded weights
     **kwargs, # of `tiny_vit`
 ) -> VisionTransformer:

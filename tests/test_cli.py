@@ -17,7 +17,7 @@ def make_folder(root, n=8, size=32):
         rows.append(f'p{i}.jpg,' + ';'.join(names[c-1] for c in np.unique(mask) if 0 < c <= len(names)))
     (root/'labels.csv').write_text('\n'.join(rows)); (root/'classes.txt').write_text('\n'.join(names))
 
-TRAIN = '--data folder:data --backbone mct_tiny_patch8_128 --no-pretrained --image-size 32 --epochs 1 --batch-size 4 --device cpu'.split()
+TRAIN = '--data folder:data --backbone mct_tiny_patch8_96 --no-pretrained --image-size 32 --epochs 1 --batch-size 4 --device cpu'.split()
 SEEDS = '--run run --data folder:data --out seeds --device cpu'.split()
 
 @pytest.fixture(scope='module')
@@ -118,6 +118,8 @@ def test_interrupt(here, capsys, monkeypatch):
     monkeypatch.setattr(s, '_compute', stop)
     assert cli.mct_seeds([*SEEDS[:4], '--out', 'stopped', '--device', 'cpu']) == 130
     assert 'Run the same command again to resume' in capsys.readouterr().err
+    assert cli.mct_seeds([*SEEDS[:4], '--out', 'stopped', '--device', 'cpu', '--overwrite']) == 130
+    assert 'again, without --overwrite, to resume' in capsys.readouterr().err
     monkeypatch.undo(); os.chdir(here)
     assert cli.mct_seeds([*SEEDS[:4], '--out', 'stopped', '--device', 'cpu']) == 0
 

@@ -114,7 +114,7 @@ def test_checkpoint_for_another_model(tmp_path):
     with pytest.raises(DataError, match='truncated'): load_run(tmp_path, backbone=tiny())
 
 @pytest.mark.parametrize('name, kw', [('vit_tiny_patch16_224', {}), ('deit_tiny_patch16_224', {}), ('vit_small_patch14_dinov2', dict(img_size=56)), ('deit3_small_patch16_224', {}),
-    ('vit_base_patch32_clip_224', {}), ('vit_small_r26_s32_224', {}), ('vit_tiny_r_s16_p8_224', {}), ('mct_tiny_patch8_128', {}), ('mct_hybrid_efficientnet_lite0', {})])
+    ('vit_base_patch32_clip_224', {}), ('vit_small_r26_s32_224', {}), ('vit_tiny_r_s16_p8_224', {}), ('mct_tiny_patch8_96', {}), ('mct_hybrid_efficientnet_lite0', {})])
 def test_timm_backbones(name, kw, tmp_path):
     kw = dict(depth=2) | kw if name not in ('mct_hybrid_efficientnet_lite0',) else kw
     model = MCTformer(4, 'v2', name, **kw).eval()
