@@ -111,7 +111,7 @@ def _prepare_voc(a):
     print(f'trainaug has {r["images"]} images; masks written now: {r["voc"]} of VOC, {r["sbd"]} of SBD')
     _next('mct_train', data=f'voc:{a.path}', split='trainaug', out='runs/v2')
 
-# %% ../nbs/60_cli.ipynb #9853ae40
+# %% ../nbs/60_cli.ipynb #129a8d70
 def _train_args(p):
     "Options of `mct_train`"
     def num(name, kind, low, help, **kw): p.add_argument(name, type=_number(kind, low), help=help, **kw)
@@ -120,15 +120,20 @@ def _train_args(p):
     p.add_argument('--variant', choices=['v1', 'v2'], default='v2', help='class tokens only, or with patch head (default: v2)')
     p.add_argument('--out', required=True, metavar='RUN', help='run folder: model, config, history')
     p.add_argument('--backbone', default='deit_small_patch16_224', help='name of a plain timm ViT (default: deit_small_patch16_224)')
-    p.add_argument('--pretrained', nargs='?', const=True, default=None, metavar='FILE', help="weights of the backbone: a file, or timm's hub when no file is given (default: hub)")
+    p.add_argument('--pretrained', nargs='?', const=True, default=None, metavar='FILE', help="weights of the backbone: a file (for a hybrid: of the whole model or of its CNN), or timm's hub when no file is given (default: hub)")
     p.add_argument('--no-pretrained', dest='pretrained', action='store_false', help='start from random weights')
-    p.add_argument('--cnn-weights', metavar='FILE', help='weights of the CNN part of a hybrid backbone')
     p.add_argument('--score', choices=['avg', 'max', 'fc'], default='avg', help='class score of Table 7 (default: avg)')
     num('--epochs', int, 1, 'reference and default: 60', default=60)
     num('--batch-size', int, 1, 'reference and default: 64', default=64)
     num('--image-size', int, 1, 'pixels, reference and default: 224', default=224)
     num('--lr', float, 0, 'default: 5e-4 * batch size / 512')
+    num('--min-lr', float, 0, 'reference and default: 1e-5', default=1e-5)
     num('--warmup-epochs', int, 0, 'reference and default: 5', default=5)
+    p.add_argument('--per-step', action='store_true', help='move the learning rate in every step, not every epoch: better for small data')
+    p.add_argument('--lr-mult', nargs='+', default=[], metavar='NAME=X', help='learning rate factor of the parameters whose names start with NAME; 0 freezes')
+    num('--weight-decay', float, 0, 'reference and default: 0.05', default=.05)
+    num('--drop-path', float, 0, 'reference and default: 0.1', default=.1)
+    p.add_argument('--valid-aug', choices=['center', 'squash'], default='center', help='photos of --valid-split: central crop, or squashed to a square')
     p.add_argument('--aug', default='reference', help='augmentation: reference | paper | light (default: reference)')
     p.add_argument('--amp', choices=['fp16', 'bf16', 'off'], help='precision (default: fp16 on CUDA, else off)')
     num('--workers', int, 0, 'processes that load photos (default: 0)', default=0)
@@ -136,14 +141,21 @@ def _train_args(p):
     p.add_argument('--skip-bad', action='store_true', help='leave unreadable photos out instead of stopping')
     p.add_argument('--fresh', action='store_true', help='throw away the run that is in the folder')
 
-# %% ../nbs/60_cli.ipynb #b7b41c62
+# %% ../nbs/60_cli.ipynb #4f949d02
+def _factors(pairs):
+    "['head=10', 'blocks.0=0'] -> {'head': 10.0, 'blocks.0': 0.0}; None for none"
+    from mctformer_nb.core import DataError
+    try: return {name: float(x) for name,x in (p.rsplit('=', 1) for p in pairs)} or None
+    except ValueError: raise DataError(f"--lr-mult {' '.join(pairs)}: not pairs NAME=NUMBER. Write for example head=10 patch_embed=0.")
+
+# %% ../nbs/60_cli.ipynb #7f8c941d
 def mct_train(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
     "Train an MCTformer on image-level labels, or go on with the run that is in the folder."
     p = _Parser('mct_train', mct_train.__doc__, 'mct_train --data voc:VOCdevkit/VOC2012 --split trainaug --out runs/v2',
                 'mct_train --data folder:my_photos --valid-split val --pretrained deit_small.pth --epochs 30 --out runs/mine',
-                'mct_train --data mini --backbone mct_tiny_patch8_96 --image-size 128 --out runs/mini')
+                'mct_train --data mini --backbone mct_tiny_patch8_96 --image-size 96 --lr 1e-3 --per-step --epochs 10 --out runs/mini')
     _train_args(p)
     return _run(p, argv, _train)
 
@@ -152,10 +164,9 @@ def _train(a):
     from mctformer_nb.datasets import get_dataset
     from mctformer_nb.train import train_classifier
     ds, valid = get_dataset(a.data, a.split), a.valid_split and get_dataset(a.data, a.valid_split)
-    pretrained = a.pretrained if a.pretrained is not None else not a.cnn_weights       # a file for the CNN replaces the hub
-    extra = {'cnn_weights': str(Path(a.cnn_weights).resolve())} if a.cnn_weights else {}
-    same = {k: getattr(a, k) for k in 'variant backbone score epochs batch_size image_size lr warmup_epochs aug amp seed workers cache fresh'.split()}
-    train_classifier(ds, valid or None, a.out, pretrained=pretrained, device=device, on_bad='skip' if a.skip_bad else 'raise', **same, **extra)
+    same = 'variant backbone score epochs batch_size image_size lr min_lr warmup_epochs per_step weight_decay drop_path aug valid_aug amp seed workers cache fresh'
+    train_classifier(ds, valid or None, a.out, pretrained=a.pretrained is None or a.pretrained, device=device, on_bad='skip' if a.skip_bad else 'raise',
+                     lr_mult=_factors(a.lr_mult), **{k: getattr(a, k) for k in same.split()})
     print(f'done: {a.out}')
     _next('mct_seeds', run=a.out, data=a.data, split='train', out=f'{a.out}/seeds')
 
