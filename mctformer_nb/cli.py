@@ -111,7 +111,7 @@ def _prepare_voc(a):
     print(f'trainaug has {r["images"]} images; masks written now: {r["voc"]} of VOC, {r["sbd"]} of SBD')
     _next('mct_train', data=f'voc:{a.path}', split='trainaug', out='runs/v2')
 
-# %% ../nbs/60_cli.ipynb #129a8d70
+# %% ../nbs/60_cli.ipynb #60ad1947
 def _train_args(p):
     "Options of `mct_train`"
     def num(name, kind, low, help, **kw): p.add_argument(name, type=_number(kind, low), help=help, **kw)
@@ -127,6 +127,16 @@ def _train_args(p):
     num('--batch-size', int, 1, 'reference and default: 64', default=64)
     num('--image-size', int, 1, 'pixels, reference and default: 224', default=224)
     num('--lr', float, 0, 'default: 5e-4 * batch size / 512')
+    p.add_argument('--amp', choices=['fp16', 'bf16', 'off'], help='precision (default: fp16 on CUDA, else off)')
+    num('--workers', int, 0, 'processes that load photos (default: 0)', default=0)
+    p.add_argument('--cache', action='store_true', help='keep decoded photos in memory')
+    p.add_argument('--skip-bad', action='store_true', help='leave unreadable photos out instead of stopping')
+    p.add_argument('--fresh', action='store_true', help='throw away the run that is in the folder')
+
+# %% ../nbs/60_cli.ipynb #98fec7ba
+def _recipe_args(p):
+    "The finer options of `mct_train`"
+    def num(name, kind, low, help, **kw): p.add_argument(name, type=_number(kind, low), help=help, **kw)
     num('--min-lr', float, 0, 'reference and default: 1e-5', default=1e-5)
     num('--warmup-epochs', int, 0, 'reference and default: 5', default=5)
     p.add_argument('--per-step', action='store_true', help='move the learning rate in every step, not every epoch: better for small data')
@@ -135,11 +145,6 @@ def _train_args(p):
     num('--drop-path', float, 0, 'reference and default: 0.1', default=.1)
     p.add_argument('--valid-aug', choices=['center', 'squash'], default='center', help='photos of --valid-split: central crop, or squashed to a square')
     p.add_argument('--aug', default='reference', help='augmentation: reference | paper | light (default: reference)')
-    p.add_argument('--amp', choices=['fp16', 'bf16', 'off'], help='precision (default: fp16 on CUDA, else off)')
-    num('--workers', int, 0, 'processes that load photos (default: 0)', default=0)
-    p.add_argument('--cache', action='store_true', help='keep decoded photos in memory')
-    p.add_argument('--skip-bad', action='store_true', help='leave unreadable photos out instead of stopping')
-    p.add_argument('--fresh', action='store_true', help='throw away the run that is in the folder')
 
 # %% ../nbs/60_cli.ipynb #4f949d02
 def _factors(pairs):
@@ -148,7 +153,7 @@ def _factors(pairs):
     try: return {name: float(x) for name,x in (p.rsplit('=', 1) for p in pairs)} or None
     except ValueError: raise DataError(f"--lr-mult {' '.join(pairs)}: not pairs NAME=NUMBER. Write for example head=10 patch_embed=0.")
 
-# %% ../nbs/60_cli.ipynb #7f8c941d
+# %% ../nbs/60_cli.ipynb #1eeec6a5
 def mct_train(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
@@ -156,7 +161,7 @@ def mct_train(
     p = _Parser('mct_train', mct_train.__doc__, 'mct_train --data voc:VOCdevkit/VOC2012 --split trainaug --out runs/v2',
                 'mct_train --data folder:my_photos --valid-split val --pretrained deit_small.pth --epochs 30 --out runs/mine',
                 'mct_train --data mini --backbone mct_tiny_patch8_96 --image-size 96 --lr 1e-3 --per-step --epochs 10 --out runs/mini')
-    _train_args(p)
+    _train_args(p); _recipe_args(p)
     return _run(p, argv, _train)
 
 def _train(a):

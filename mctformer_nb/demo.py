@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEMO_MAPS', 'paper_miou', 'train_both', 'score_maps', 'score_rows', 'figure5', 'write_report', 'run_demo']
 
-# %% ../nbs/52_demo.ipynb #4f7b0231
+# %% ../nbs/52_demo.ipynb #8b86d62e
 import base64, html, time
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from .core import atomic_path, write_json
-from .datasets import get_dataset
+from .datasets import Dataset, get_dataset
 from .mctformer import load_run
 from .train import train_classifier
 from .seeds import extract_seeds, load_seed
@@ -34,25 +34,25 @@ def paper_miou(
     "The number of a kind of map in the paper's Table 5"
     return PAPER['5']['rows'].get(DEMO_MAPS[name][3], (None,))[0]
 
-# %% ../nbs/52_demo.ipynb #fb98f028
+# %% ../nbs/52_demo.ipynb #82778ad7
 def train_both(
-    ds, # `Dataset` to train on
-    valid, # `Dataset` for mAP after each epoch
+    ds:Dataset, # data to train on
+    valid:Dataset, # data for mAP after each epoch
     out:str|Path, # run folders are `out/v1` and `out/v2`
     epochs:int=10, # passes over `ds`
     seed:int=0, # of order, augmentation and new weights
     device:str=None, # default cuda where there is one
-    log=partial(print, flush=True), # receives one line per epoch
+    log:callable=partial(print, flush=True), # receives one line per epoch
 ) -> dict: # {'v1': folder, 'v2': folder}
     "Train V1 and V2 from the embedded backbone. Run again, it goes on where it stopped."
     recipe = dict(backbone='mct_tiny_patch8_96', pretrained=True, epochs=epochs, batch_size=32, image_size=96, lr=1e-3, warmup_epochs=1,
                   per_step=True, aug='light', valid_aug='squash', cache=True, seed=seed, device=device, log=log)
     return {v: train_classifier(ds, valid, Path(out)/v, variant=v, **recipe) for v in ('v1', 'v2')}
 
-# %% ../nbs/52_demo.ipynb #3f861ad9
+# %% ../nbs/52_demo.ipynb #03f9a717
 def score_maps(
     runs:dict, # {'v1': folder, 'v2': folder}, see `train_both`
-    ds, # `Dataset` with masks
+    ds:Dataset, # data with masks
     out:str|Path, # seeds go to `out/<name of the map>`
     device:str=None, # default cuda where there is one
 ) -> dict: # {name of the map: result of `sweep_threshold`}
@@ -75,9 +75,9 @@ def score_rows(
         rows.append(dict(map=name, **{k: round(float(r[k][i]), 2) for k in ('miou','fp','fn')}, threshold=float(r.best_threshold), paper=paper_miou(name)))
     return rows
 
-# %% ../nbs/52_demo.ipynb #3af23a63
+# %% ../nbs/52_demo.ipynb #5e067729
 def figure5(
-    ds, # `Dataset` with masks
+    ds:Dataset, # data with masks
     seeds:str|Path, # folder of seed folders, see `score_maps`
     n:int=6, # rows: the first images with at least two classes
 ) -> Figure:
@@ -140,7 +140,7 @@ def _figures(out, ds, results, runs):
             'thresholds.png': 'mIoU at every background threshold, in one pass over the pixels.',
             'training_v1.png': 'V1 while training.', 'training_v2.png': 'V2 while training: class tokens and patches.'}
 
-# %% ../nbs/52_demo.ipynb #adddce41
+# %% ../nbs/52_demo.ipynb #2dbc0b55
 def run_demo(
     out:str|Path, # folder for `report.html`, `metrics.json`, `figures/`, and the runs and seeds behind them
     seed:int=0, # of training
@@ -148,7 +148,7 @@ def run_demo(
     score_images:int=200, # of them, scored
     epochs:int=10, # passes over the training scenes
     device:str=None, # default cuda where there is one
-    log=partial(print, flush=True), # receives progress lines
+    log:callable=partial(print, flush=True), # receives progress lines
 ) -> dict: # content of `metrics.json`
     "Train, localize, score and report on the drawn data set. Run again on the same folder, it goes on where it stopped."
     start, out = time.time(), Path(out)
