@@ -34,7 +34,7 @@ def paper_miou(
     "The number of a kind of map in the paper's Table 5"
     return PAPER['5']['rows'].get(DEMO_MAPS[name][3], (None,))[0]
 
-# %% ../nbs/52_demo.ipynb #82778ad7
+# %% ../nbs/52_demo.ipynb #70ab926b
 def train_both(
     ds:Dataset, # data to train on
     valid:Dataset, # data for mAP after each epoch
@@ -46,7 +46,8 @@ def train_both(
 ) -> dict: # {'v1': folder, 'v2': folder}
     "Train V1 and V2 from the embedded backbone. Run again, it goes on where it stopped."
     recipe = dict(backbone='mct_tiny_patch8_96', pretrained=True, epochs=epochs, batch_size=32, image_size=96, lr=1e-3, warmup_epochs=1,
-                  per_step=True, aug='light', valid_aug='squash', cache=True, seed=seed, device=device, log=log)
+                  per_step=True, aug='light', valid_aug='squash', cache=True, seed=seed, device=device, log=log,
+                  lr_mult=dict(blocks=.2, patch_embed=.2))
     return {v: train_classifier(ds, valid, Path(out)/v, variant=v, **recipe) for v in ('v1', 'v2')}
 
 # %% ../nbs/52_demo.ipynb #03f9a717
