@@ -10,7 +10,6 @@ import base64, html, time
 from functools import partial
 from pathlib import Path
 import numpy as np
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from .core import atomic_path, write_json
 from .datasets import Dataset, get_dataset

@@ -6,7 +6,7 @@
 __all__ = ['save_seed', 'load_seed', 'extract_seeds', 'show_seeds']
 
 # %% ../nbs/22_seeds.ipynb #99097e0c
-import hashlib, os, shutil, time, zipfile, zlib
+import hashlib, shutil, time, zipfile, zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -7,7 +7,7 @@ __all__ = ['mct_loss', 'prior_loss', 'make_transform', 'Photos', 'make_loaders',
            'CosineSchedule', 'make_learner', 'plot_history', 'train_classifier', 'show_batch', 'show_results']
 
 # %% ../nbs/12_train.ipynb #57311098
-import hashlib, inspect, json, random, shutil, sys, time, warnings
+import hashlib, inspect, json, random, shutil, sys, time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path

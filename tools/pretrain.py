@@ -3,7 +3,7 @@
     python tools/pretrain.py --stop 700 --out first.safetensors --log tools/pretrain_log_1.csv
     python tools/pretrain.py --init first.safetensors --mosaic --images 5000 --steps 900 --lr 1e-3 --log tools/pretrain_log_2.csv
 
-The logs of both are kept beside this script; on two cores that did other work too they took 20 and 22 minutes. (The weights in the package saw
+The logs of both are kept beside this script; on two cores that did other work too one thread each took 20 and 21 minutes. (The weights in the package saw
 slightly smaller objects, radius 0.19-0.30 of the side, in the first stage.)
 
 It plays the part of ImageNet DeiT: the pretraining scenes show other bodies in other colours than the data set `mini`, and only
