@@ -134,7 +134,7 @@ def save_run(
 ) -> dict: # the configuration written
     "Write `model.safetensors` and `config.json` to a run folder, atomically."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    cfg = dict(package='mctformer_nb', version=__version__, variant=model.variant, backbone=model.backbone, backbone_args=model.backbone_args,
+    cfg = dict(package='mctformer_nb', version=__version__, variant=model.variant, backbone=model.backbone, backbone_args={k: v for k, v in model.backbone_args.items() if k != 'cnn_weights'},
                num_classes=model.num_classes, score=model.score, patch_size=model.patch_size, reference=model.reference)
     cfg |= config
     n = len(cfg.setdefault('classes', [f'class {i}' for i in range(model.num_classes)]))

@@ -79,7 +79,8 @@ def main(a):
     X,Y = scenes(a.images, a.size, a.procs); n = len(X)-500                                               # the last 500 are held out
     print(f'{len(X)} scenes drawn in {time.time()-start:.0f} s', flush=True)
     tiles = scenes(a.tiles, a.size//2, a.procs, first=10**6, objects=(1,1), scale=(.26,.38)) if a.mosaic else None
-    model = Heads(build_vit(a.backbone, pretrained=a.init or False, drop_path=.05), Y.shape[1]); opt = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.wd)
+    model = Heads(build_vit(a.backbone, pretrained=a.init or False, drop_path=.05), Y.shape[1]).to(memory_format=torch.channels_last)
+    opt = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.wd)
     rows, start = [], time.time()
     for s in range(1, a.steps+1):
         for q in opt.param_groups: q['lr'] = a.lr*min(1, s/100)*(.5*(1+math.cos(math.pi*s/a.steps))+.01)
