@@ -71,17 +71,18 @@ class ResNet38(nn.Module):
         x = F.relu(self.bn7(x))
         return x if self.out_indices is None else [[*taps, x][i] for i in self.out_indices]
 
-# %% ../nbs/28_resnet38.ipynb #34282db4
+# %% ../nbs/28_resnet38.ipynb #9b0e21d7
 def resnet38_complexity(
     image_size:int=224, # pixels
     num_classes:int=20, # outputs of the classifier on top
-) -> dict: # params, macs
+) -> dict: # params, trained (without conv1, b2, BatchNorm: Table 4), macs
     "Parameters and multiply-adds of ResNet38 as a classifier, counted without computing anything"
     with torch.device('meta'): net, x = ResNet38().eval(), torch.empty(1, 3, image_size, image_size)
     with FlopCounterMode(display=False) as count, torch.no_grad(): net(x)
-    cells = math.ceil(image_size/8)**2
-    head = net.num_features*num_classes                                  # a 1x1 convolution on every cell
-    return dict(params=sum(p.numel() for p in net.parameters()) + head, macs=count.get_total_flops()//2 + head*cells)
+    cells, head = math.ceil(image_size/8)**2, net.num_features*num_classes
+    frozen = lambda n,p: n.startswith(('conv1.', 'b2.')) or p.ndim==1    # vectors are BatchNorm's
+    trained = sum(p.numel() for n,p in net.named_parameters() if not frozen(n, p))
+    return dict(params=sum(p.numel() for p in net.parameters()) + head, trained=trained + head, macs=count.get_total_flops()//2 + head*cells)
 
 # %% ../nbs/28_resnet38.ipynb #cf93e0d9
 @register_model
@@ -101,7 +102,7 @@ def mct_resnet38(
     if sd is not None: load_resnet38(net, sd)
     return net
 
-# %% ../nbs/28_resnet38.ipynb #5fd3cf85
+# %% ../nbs/28_resnet38.ipynb #cc2ece18
 _LAYERS = {'conv_branch1': 'short', 'bn_branch2a': 'bn1', 'conv_branch2a': 'conv1', 'bn_branch2b1': 'bn2', 'conv_branch2b1': 'conv2', 'bn_branch2b2': 'bn3', 'conv_branch2b2': 'conv3'}
 
 def _from_psa(key):
@@ -118,7 +119,7 @@ def load_resnet38(
     "Load weights, all of them. Raises `DataError` naming what is missing"
     name = 'state dict' if isinstance(source, dict) else str(source)
     if not isinstance(source, dict): source = read_mxnet(source) if name.endswith('.params') else read_state_dict(source)
-    if any(k.startswith(('arg:', 'aux:')) for k in source): sd = {n: torch.as_tensor(v) for k,v in source.items() if (n := _from_mxnet(k))}
+    if any(k.startswith(('arg:', 'aux:')) for k in source): sd = {n: torch.tensor(v) for k,v in source.items() if (n := _from_mxnet(k))}
     else: sd = {n: v for k,v in source.items() if (n := k if k in net.state_dict() else _from_psa(k))}
     want = {k: v for k,v in net.state_dict().items() if 'num_batches_tracked' not in k}
     wrong = [k for k,v in want.items() if k not in sd or sd[k].shape!=v.shape]
