@@ -7,7 +7,7 @@ __all__ = ['LargeFOV', 'DeepLab', 'crop_view', 'random_view', 'find_masks', 'Mas
            'SegmentLoss', 'MeanIoU', 'PixelAccumulation', 'segment_learner', 'save_segment', 'load_segment',
            'train_segment', 'predict_mask', 'show_results']
 
-# %% ../nbs/41_deeplab.ipynb #4e6e9d40
+# %% ../nbs/41_deeplab.ipynb #12fe05ce
 import hashlib, inspect, math, random, sys
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,14 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Metric
 from fastai.optimizer import OptimWrapper
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from . import __version__
 from .backbones import DenseBackbone
-from .core import DataError, atomic_path, legend, overlay, read_json, write_json
+from .core import DataError, atomic_path, overlay, read_json, voc_palette, write_json
 from .datasets import Dataset, _file_mask
 from .learner import PolySchedule, Precision, data_fingerprint, epoch_loader, fit_run, make_dls, param_groups, plain, seeded
 from .mctformer import _check_keys
@@ -44,7 +45,7 @@ class LargeFOV(nn.Sequential):
         super().__init__(conv(channels, width), nn.ReLU(inplace=True), conv(width, num_classes+1))
         for layer in (self[0], self[2]): nn.init.xavier_uniform_(layer.weight); nn.init.zeros_(layer.bias)
 
-# %% ../nbs/41_deeplab.ipynb #93c77bb6
+# %% ../nbs/41_deeplab.ipynb #7fb7530e
 class DeepLab(nn.Module):
     "Segmentation network. Raises `DataError` for backbones that cannot be had."
     def __init__(self,
@@ -62,7 +63,7 @@ class DeepLab(nn.Module):
         self.num_classes, self.stride = num_classes, self.backbone.strides[-1]
         self.config = dict(num_classes=num_classes, backbone=backbone if named else 'custom', backbone_args=backbone_args, width=width, dilation=dilation)
     def forward(self, x): return self.head(self.backbone(x)[-1])       # (B,3,H,W) -> (B,C+1,h,w)
-    def no_weight_decay(self): return {n for n,_ in self.named_parameters() if n.rsplit('.', 1)[-1] in ('pos_embed', 'cls_token', 'reg_token')}
+    def no_weight_decay(self): return {n for n,_ in self.named_parameters() if 'pos_embed' in n or n.endswith('_token')}
 
 # %% ../nbs/41_deeplab.ipynb #59f7ee07
 def crop_view(
@@ -184,20 +185,26 @@ def segment_loaders(
     rest = None if valid is None else epoch_loader(photos(valid, crop=None), 1, min(workers, 1), seed, False)
     return make_dls(train, rest, device)
 
-# %% ../nbs/41_deeplab.ipynb #a64ec91f
+# %% ../nbs/41_deeplab.ipynb #5b60d6f5
 def show_batch(
     dls:DataLoaders, # from `segment_loaders`
     n:int=6, # samples
     epoch:int=0, # whose random numbers
 )->Figure:
     "Training samples as the network sees them, and with their masks"
-    data = dls.train.dataset; fig = Figure(figsize=(1.5*n, 3.6), dpi=60, layout='constrained')
-    axs = fig.subplots(2, n, squeeze=False)
+    data = dls.train.dataset; n = min(n, len(data))
+    fig = Figure(figsize=(1.4*n, 3.3), dpi=54, layout='constrained'); axs = fig.subplots(2, n, squeeze=False)
     for ax in axs.flat: ax.axis('off')
-    for i,(a,b) in list(enumerate(axs.T))[:len(data)]:
+    for i,(a,b) in enumerate(axs.T):
         x, y = data[i, epoch]; photo = _photo(x)
-        a.imshow(photo); b.imshow(overlay(photo, y.numpy())); legend(b, y.numpy(), data.ds.classes); a.set_title(data.ids[i], fontsize=7)
+        a.imshow(photo); b.imshow(overlay(photo, y.numpy())); a.set_title(data.ids[i], fontsize=7)
+    _key(fig, data.ds.classes)
     return fig
+
+def _key(fig, classes):
+    "Names of the colours, under the pictures"
+    names = [(i+1, c) for i,c in enumerate(classes)][:20] + [(255, 'ignored')]
+    fig.legend(handles=[Patch(color=voc_palette()[v]/255, label=c) for v,c in names], loc='outside lower center', ncol=5, fontsize=7, frameon=False)
 
 def _photo(x):
     "Normalised (3,H,W) -> uint8 (H,W,3)"
@@ -255,7 +262,7 @@ class PixelAccumulation(GradientAccumulation):
             if p.grad is not None: p.grad /= self.weight.clamp(min=1e-12)
         self._empty()
 
-# %% ../nbs/41_deeplab.ipynb #6ce3d8b1
+# %% ../nbs/41_deeplab.ipynb #613d20e1
 _recipes = dict(sgd=(torch.optim.SGD, 7e-4, 1e-5), adamw=(torch.optim.AdamW, 1e-4, .05))     # lr and weight decay; sgd: reference
 
 def segment_learner(
@@ -281,8 +288,9 @@ def segment_learner(
     more = dict(momentum=momentum) if optimizer=='sgd' else {}
     def opt_func(params, lr): return OptimWrapper(opt=make(groups, lr=lr, **more))          # the groups replace fastai's splitter
     amp = amp or ('fp16' if dls.device.type=='cuda' else 'off')
+    model.to(dls.device, memory_format=torch.channels_last)                    # a third less time for a convolutional backbone on a CPU
     own = [PolySchedule(power), *([] if amp=='off' else [Precision(amp)]), *([PixelAccumulation(accumulate)] if accumulate>1 else [])]
-    return Learner(dls, model.to(dls.device), SegmentLoss(loss_at), opt_func=opt_func, lr=usual_lr if lr is None else lr, metrics=MeanIoU(model.num_classes), cbs=own+list(cbs))
+    return Learner(dls, model, SegmentLoss(loss_at), opt_func=opt_func, lr=usual_lr if lr is None else lr, metrics=MeanIoU(model.num_classes), cbs=own+list(cbs))
 
 # %% ../nbs/41_deeplab.ipynb #1791d53a
 def save_segment(
@@ -394,7 +402,7 @@ def predict_mask(
     logits = F.interpolate(model(x).float(), image.size[::-1], mode='bilinear', align_corners=False)
     return logits[0].argmax(0).byte().cpu().numpy()                            # (1,C+1,H,W) -> (H,W)
 
-# %% ../nbs/41_deeplab.ipynb #5d01af83
+# %% ../nbs/41_deeplab.ipynb #14d47917
 def show_results(
     model:DeepLab, # trained
     ds:Dataset, # photos to look at
@@ -404,12 +412,11 @@ def show_results(
 )->Figure:
     "Columns of photo, ground truth (where there is one) and prediction"
     items = list(range(len(ds)))[:n] if items is None else list(items)
-    fig = Figure(figsize=(1.5*len(items), 5), dpi=60, layout='constrained'); axs = fig.subplots(3, len(items), squeeze=False)
+    fig = Figure(figsize=(1.4*len(items), 4.8), dpi=54, layout='constrained'); axs = fig.subplots(3, len(items), squeeze=False)
     model.eval()
     for i,col in zip(items, axs.T):
-        im, truth = ds.image(i), ds.mask(i)
-        for ax,name,m in zip(col, ('', 'truth', 'prediction'), (None, truth, predict_mask(model, im, image_size))):
-            ax.set(xticks=[], yticks=[]); ax.imshow(im if m is None else overlay(im, m))
-            if m is not None: legend(ax, m, ds.classes)
-            if col is axs.T[0]: ax.set_ylabel(name, fontsize=8)
+        im = ds.image(i)
+        for ax,m in zip(col, (None, ds.mask(i), predict_mask(model, im, image_size))): ax.imshow(im if m is None else overlay(im, m)); ax.set(xticks=[], yticks=[])
+    for ax,name in zip(axs[:, 0], ('photo', 'truth', 'prediction')): ax.set_ylabel(name, fontsize=8)
+    _key(fig, ds.classes)
     return fig
