@@ -65,10 +65,10 @@ class DeepLab(nn.Module):
     def forward(self, x): return self.head(self.backbone(x)[-1])       # (B,3,H,W) -> (B,C+1,h,w)
     def no_weight_decay(self): return {n for n,_ in self.named_parameters() if 'pos_embed' in n or n.endswith('_token')}
 
-# %% ../nbs/41_deeplab.ipynb #59f7ee07
+# %% ../nbs/41_deeplab.ipynb #8914563e
 def crop_view(
     image:Image.Image, # RGB photo
-    mask:np.ndarray, # uint8 (H,W), 255 is ignored
+    mask:np.ndarray, # uint8 mask of the whole photo, of any size; 255 is ignored
     crop:int=321, # side of the result, pixels
     scale:float=1., # of the photo before cropping
     left:int=0, # of the crop in the scaled photo; negative leaves room before it
@@ -76,13 +76,13 @@ def crop_view(
     mirror:bool=False, # flip the result
 )->tuple: # x float (3,crop,crop) ImageNet-normalised, y uint8 (crop,crop)
     "One view of a photo and its mask; outside the photo x is 0 (the mean) and y is 255"
-    (w,h), (W,H) = image.size, [max(1, round(side*scale)) for side in image.size]
+    W,H = (max(1, round(side*scale)) for side in image.size)
     x0,y0,x1,y1 = max(left, 0), max(top, 0), min(left+crop, W), min(top+crop, H)
-    cut = dict(size=(x1-x0, y1-y0), box=(x0*w/W, y0*h/H, x1*w/W, y1*h/H))       # resizing only what is needed
+    def cut(im, how): return im.resize((x1-x0, y1-y0), how, [v*n/m for v,n,m in zip((x0, y0, x1, y1), im.size*2, (W, H)*2)])   # only what is needed
     at = slice(y0-top, y1-top), slice(x0-left, x1-left)
     x, y = torch.zeros(3, crop, crop), torch.full((crop, crop), 255, dtype=torch.uint8)
-    x[:, *at] = _normalised(image.resize(resample=Image.BILINEAR, **cut))
-    y[at] = torch.from_numpy(np.array(Image.fromarray(mask).resize(resample=Image.NEAREST, **cut)))
+    x[:, *at] = _normalised(cut(image, Image.BILINEAR))
+    y[at] = torch.from_numpy(np.array(cut(Image.fromarray(mask), Image.NEAREST)))
     return (x.flip(-1), y.flip(-1)) if mirror else (x, y)
 
 def _normalised(image):
@@ -90,10 +90,10 @@ def _normalised(image):
     a = (np.asarray(image, np.float32)/255 - np.float32(IMAGENET_DEFAULT_MEAN))/np.float32(IMAGENET_DEFAULT_STD)
     return torch.from_numpy(a).permute(2, 0, 1)                                 # (H,W,3) -> (3,H,W)
 
-# %% ../nbs/41_deeplab.ipynb #5c2adb06
+# %% ../nbs/41_deeplab.ipynb #e395a1a8
 def random_view(
     image:Image.Image, # RGB photo
-    mask:np.ndarray, # uint8 (H,W)
+    mask:np.ndarray, # uint8, as in `crop_view`
     crop:int=321, # reference
     scales:tuple=(.7, 1.3), # reference
     flip:float=.5, # probability of the mirror image
@@ -104,7 +104,7 @@ def random_view(
     left, top = (int(math.copysign(random.randint(0, abs(r)), r)) for r in room)
     return crop_view(image, mask, crop, scale, left, top, random.random()<flip)
 
-# %% ../nbs/41_deeplab.ipynb #157c0acc
+# %% ../nbs/41_deeplab.ipynb #8a8638cb
 def find_masks(
     ds:Dataset, # photos
     masks:str|Path=None, # folder of `<id>.png`; None or 'ground truth': the masks of `ds`
@@ -120,7 +120,18 @@ def find_masks(
     if not have: raise DataError(folder, f'none of the {len(ds)} images of {ds.name} ({ds.split}) has a mask here', 'Check folder and split')
     return have, sorted(set(ds.ids)-set(have))
 
-# %% ../nbs/41_deeplab.ipynb #58e7c332
+def _read_pair(ds, masks, id, image_size):
+    "Photo with its shorter side at `image_size`, and its mask at the size it has"
+    im = ds.image(id)
+    mask = ds.mask(id) if masks in (None, 'ground truth') else _file_mask(Path(masks), len(ds.classes), id, im.size[::-1])   # (W,H) -> (H,W)
+    if mask is None: raise DataError(id, 'its mask is gone', 'Write it again')
+    return _shorter(im, image_size), mask
+
+def _shorter(im, side):
+    "The photo with its shorter side at `side` pixels"
+    return im if side in (None, min(im.size)) else im.resize([max(1, round(v*side/min(im.size))) for v in im.size], Image.BICUBIC, reducing_gap=3)
+
+# %% ../nbs/41_deeplab.ipynb #7c11590b
 class MaskedPhotos(torch.utils.data.Dataset):
     "Samples (x (3,crop,crop), y uint8 (crop,crop)) of the photos of `ds` that have a mask. Raises `DataError`."
     def __init__(self,
@@ -134,32 +145,18 @@ class MaskedPhotos(torch.utils.data.Dataset):
         cache:bool=False, # keep decoded photos and masks in memory
         on_bad:str='raise', # unreadable photo or mask: 'raise' or 'skip'
     ):
-        self.ids, self.missing = find_masks(ds, masks)
-        self.folder = None if masks in (None, 'ground truth') else Path(masks)
-        self.ds,self.crop,self.scales,self.flip,self.image_size,self.seed,self.cache,self.on_bad,self.memory = ds,crop,scales,flip,image_size,seed,cache,on_bad,{}
+        self.ds,self.masks,self.crop,self.scales,self.flip,self.image_size,self.seed,self.cache,self.on_bad = ds,masks,crop,scales,flip,image_size,seed,cache,on_bad
+        (self.ids, self.missing), self.memory = find_masks(ds, masks), {}
     def __len__(self): return len(self.ids)
-    def read(self, i):
-        "Photo and mask of item `i`, the photo resized"
-        if i in self.memory: return self.memory[i]
-        id = self.ids[i]; im = self.ds.image(id)
-        size = im.size[::-1]                                                    # (W,H) -> (H,W)
-        mask = self.ds.mask(id) if self.folder is None else _file_mask(self.folder, len(self.ds.classes), id, size)
-        if mask is None: raise DataError(id, 'its mask is gone', 'Write it again')
-        pair = _shorter(im, self.image_size), mask
-        return self.memory.setdefault(i, pair) if self.cache else pair
     def __getitem__(self, key):
         i, epoch = key if isinstance(key, tuple) else (key, 0)
-        try: im, mask = self.read(i)
+        try: im, mask = self.memory[i] if i in self.memory else _read_pair(self.ds, self.masks, self.ids[i], self.image_size)
         except DataError as e:
             if self.on_bad!='skip': raise
             print(f'left out: {e}', file=sys.stderr, flush=True); return None
+        if self.cache: self.memory[i] = im, mask
         if self.crop is None: return _normalised(im), torch.from_numpy(mask)
-        if im.size!=mask.shape[::-1]: mask = np.array(Image.fromarray(mask).resize(im.size, Image.NEAREST))
         with seeded(self.seed, epoch, i): return random_view(im, mask, self.crop, self.scales, self.flip)
-
-def _shorter(im, side):
-    "The photo with its shorter side at `side` pixels"
-    return im if side is None or side==min(im.size) else im.resize([max(1, round(v*side/min(im.size))) for v in im.size], Image.BICUBIC, reducing_gap=3)
 
 # %% ../nbs/41_deeplab.ipynb #cc421898
 def segment_loaders(
@@ -185,7 +182,7 @@ def segment_loaders(
     rest = None if valid is None else epoch_loader(photos(valid, crop=None), 1, min(workers, 1), seed, False)
     return make_dls(train, rest, device)
 
-# %% ../nbs/41_deeplab.ipynb #5b60d6f5
+# %% ../nbs/41_deeplab.ipynb #3696703e
 def show_batch(
     dls:DataLoaders, # from `segment_loaders`
     n:int=6, # samples
@@ -193,7 +190,7 @@ def show_batch(
 )->Figure:
     "Training samples as the network sees them, and with their masks"
     data = dls.train.dataset; n = min(n, len(data))
-    fig = Figure(figsize=(1.4*n, 3.3), dpi=54, layout='constrained'); axs = fig.subplots(2, n, squeeze=False)
+    fig = Figure(figsize=(1.4*n, 3.3), dpi=50, layout='constrained'); axs = fig.subplots(2, n, squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for i,(a,b) in enumerate(axs.T):
         x, y = data[i, epoch]; photo = _photo(x)
@@ -262,7 +259,7 @@ class PixelAccumulation(GradientAccumulation):
             if p.grad is not None: p.grad /= self.weight.clamp(min=1e-12)
         self._empty()
 
-# %% ../nbs/41_deeplab.ipynb #613d20e1
+# %% ../nbs/41_deeplab.ipynb #025c9170
 _recipes = dict(sgd=(torch.optim.SGD, 7e-4, 1e-5), adamw=(torch.optim.AdamW, 1e-4, .05))     # lr and weight decay; sgd: reference
 
 def segment_learner(
@@ -285,12 +282,12 @@ def segment_learner(
     if not 1<=accumulate<=len(dls.train): raise DataError('training', f'{accumulate} batches a step, but an epoch has {len(dls.train)}', 'Accumulate fewer batches')
     make, usual_lr, usual_wd = _recipes[optimizer]
     groups = param_groups(model, usual_wd if weight_decay is None else weight_decay, {'head': head_mult, **(lr_mult or {})})
-    more = dict(momentum=momentum) if optimizer=='sgd' else {}
-    def opt_func(params, lr): return OptimWrapper(opt=make(groups, lr=lr, **more))          # the groups replace fastai's splitter
+    if optimizer=='sgd': make = partial(make, momentum=momentum)
+    def opt_func(params, lr): return OptimWrapper(opt=make(groups, lr=lr))                  # the groups replace fastai's splitter
     amp = amp or ('fp16' if dls.device.type=='cuda' else 'off')
     model.to(dls.device, memory_format=torch.channels_last)                    # a third less time for a convolutional backbone on a CPU
-    own = [PolySchedule(power), *([] if amp=='off' else [Precision(amp)]), *([PixelAccumulation(accumulate)] if accumulate>1 else [])]
-    return Learner(dls, model, SegmentLoss(loss_at), opt_func=opt_func, lr=usual_lr if lr is None else lr, metrics=MeanIoU(model.num_classes), cbs=own+list(cbs))
+    cbs = [PolySchedule(power), *([] if amp=='off' else [Precision(amp)]), *([PixelAccumulation(accumulate)] if accumulate>1 else []), *cbs]
+    return Learner(dls, model, SegmentLoss(loss_at), opt_func=opt_func, lr=usual_lr if lr is None else lr, metrics=MeanIoU(model.num_classes), cbs=cbs)
 
 # %% ../nbs/41_deeplab.ipynb #1791d53a
 def save_segment(
@@ -338,7 +335,7 @@ def _fingerprint(ds, masks):
     for id in ids if folder else (): digest.update((folder/f'{id}.png').read_bytes())
     return f'{data_fingerprint(ds.subset(ids))}, masks {digest.hexdigest()[:12] if folder else "of the data set"}'
 
-# %% ../nbs/41_deeplab.ipynb #916e6aa5
+# %% ../nbs/41_deeplab.ipynb #73a168ca
 _set_here = ('masks', 'ds', 'valid', 'device', 'dls', 'model', 'seed', 'cbs', 'num_classes', 'name', 'pretrained')
 _no_result = ('workers', 'cache')                                              # what does not change the weights
 
@@ -352,7 +349,14 @@ def _deal(options):
     net |= {k: options[k] for k in extra if k in options}
     return load, fit, net, {k: plain(v) for k,v in {**load, **fit, **net}.items() if k not in _no_result}
 
-# %% ../nbs/41_deeplab.ipynb #b2d3bfa9
+def _about(dls, model, crop):
+    "Lines about data and network before a training"
+    data, grid, d = dls.train.dataset, -(-crop//model.stride), model.config['dilation']
+    yield f'{len(data)} photos with masks, {sum(p.numel() for p in model.parameters())/1e6:.1f} M parameters on {dls.device}, grid {grid} x {grid}'
+    if data.missing: yield f"{len(data.missing)} photos have no mask and are left out: {', '.join(data.missing[:5])}{' ...' if len(data.missing)>5 else ''}"
+    if d>=grid: yield f'dilation {d} reaches beyond the grid, only the middle taps of the head see features; about {max(1, round(.3*grid))} would fit (--dilation)'
+
+# %% ../nbs/41_deeplab.ipynb #57ecb4fe
 def train_segment(
     masks:str|Path, # folder of `<id>.png`; None or 'ground truth': the masks of `ds`, for the fully supervised upper bound
     ds:Dataset, # photos to train on
@@ -367,28 +371,17 @@ def train_segment(
     **options, # of `segment_loaders`, `segment_learner`, `DeepLab`, `DenseBackbone`
 )->Path: # the run folder
     "Train a DeepLab into a run folder, or go on with the run that is there. Raises `DataError`."
-    load, fit, net, settings = _deal(options)
+    (load, fit, net, settings), metric = _deal(options), []
     dls = segment_loaders(masks, ds, valid, **load, seed=seed, device=device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     settings |= dict(pretrained=plain(pretrained), data=_fingerprint(ds, masks), valid=valid and _fingerprint(valid, None))
-    metric = []
     def make(start):
         model = DeepLab(len(ds.classes), pretrained=pretrained if start else False, **net)
         for line in _about(dls, model, load['crop']): log(f'{out}: {line}')
         learn = segment_learner(dls, model, **fit); metric[:] = learn.metrics
         return learn
-    def save(model, folder, **config):
-        iou = dict(zip(['background', *ds.classes], metric[0].per_class)) if valid else None
-        save_segment(model, folder, **config, iou=iou)
+    def save(model, folder, **config): save_segment(model, folder, **config, iou=dict(zip(['background', *ds.classes], metric[0].per_class)) if valid else None)
     config = dict(classes=list(ds.classes), crop=load['crop'], image_size=load['image_size'], train=settings)
     return fit_run(out, epochs, settings, make, save, config, best='miou' if valid else None, seed=seed, fresh=fresh, log=log)
-
-def _about(dls, model, crop):
-    "Lines about data and network before a training"
-    data, grid = dls.train.dataset, -(-crop//model.stride)
-    yield f'{len(data)} photos with masks, {sum(p.numel() for p in model.parameters())/1e6:.1f} M parameters on {dls.device}, grid {grid} x {grid}'
-    if data.missing: yield f"{len(data.missing)} photos have no mask and are left out: {', '.join(data.missing[:5])}{' ...' if len(data.missing)>5 else ''}"
-    d = model.config['dilation']
-    if d>=grid: yield f'dilation {d} reaches beyond the grid, only the middle taps of the head see features; about {max(1, round(.3*grid))} would fit (--dilation)'
 
 # %% ../nbs/41_deeplab.ipynb #a10271dc
 @torch.no_grad()
@@ -402,7 +395,7 @@ def predict_mask(
     logits = F.interpolate(model(x).float(), image.size[::-1], mode='bilinear', align_corners=False)
     return logits[0].argmax(0).byte().cpu().numpy()                            # (1,C+1,H,W) -> (H,W)
 
-# %% ../nbs/41_deeplab.ipynb #14d47917
+# %% ../nbs/41_deeplab.ipynb #4e0bfe81
 def show_results(
     model:DeepLab, # trained
     ds:Dataset, # photos to look at
@@ -412,7 +405,7 @@ def show_results(
 )->Figure:
     "Columns of photo, ground truth (where there is one) and prediction"
     items = list(range(len(ds)))[:n] if items is None else list(items)
-    fig = Figure(figsize=(1.4*len(items), 4.8), dpi=54, layout='constrained'); axs = fig.subplots(3, len(items), squeeze=False)
+    fig = Figure(figsize=(1.4*len(items), 4.8), dpi=50, layout='constrained'); axs = fig.subplots(3, len(items), squeeze=False)
     model.eval()
     for i,col in zip(items, axs.T):
         im = ds.image(i)
