@@ -7,7 +7,7 @@ __all__ = ['pair_offsets', 'affinity_labels', 'pair_kinds', 'pair_affinity', 'pa
            'affinity_loaders', 'show_batch', 'AffinityGap', 'affinity_learner', 'save_affinity', 'load_affinity',
            'train_affinity', 'predict_affinity', 'boundary_map', 'show_results']
 
-# %% ../nbs/30_affinitynet.ipynb #d851bae4
+# %% ../nbs/30_affinitynet.ipynb #3a4789e4
 import hashlib, inspect, math, sys
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,8 @@ from torchvision.transforms import ColorJitter
 from . import __version__
 from .attention import IMAGENET_MEAN, IMAGENET_STD, evaluating, to_input
 from .backbones import DenseBackbone
-from .crf import load_crf_label
 from .core import DataError, atomic_path, colorize, legend, read_json, write_json
+from .crf import load_crf_label
 from .datasets import Dataset
 from .learner import KeepFrozen, PolySchedule, Precision, data_fingerprint, epoch_loader, fit_run, make_dls, param_groups, plain, seeded
 from .mctformer import _check_keys
@@ -118,7 +118,11 @@ def pair_loss(
     mean = lambda cost, k: (cost*(kinds==k)).sum() / (kinds==k).sum().clamp(min=1)
     return mean(same, 1)/4 + mean(same, 2)/4 + mean(other, 3)/2
 
-# %% ../nbs/30_affinitynet.ipynb #6a39f729
+# %% ../nbs/30_affinitynet.ipynb #e0db2161
+def _resize(f, grid):
+    "f (B,C,h',w') on another grid (h,w), bilinear"
+    return f if f.shape[-2:]==grid else F.interpolate(f, size=grid, mode='bilinear', align_corners=False)
+
 class AffinityNet(nn.Module):
     "x (B,3,H,W), any size -> features (B,D,h,w), one cell every `stride` pixels. Raises `DataError` for backbones that cannot be had."
     def __init__(self,
@@ -147,11 +151,6 @@ class AffinityNet(nn.Module):
         taps = [F.elu(_resize(tap(f), grid)) for tap,f in zip(self.head.taps, self.backbone(x))]     # (B,64*2^t,H/stride,W/stride) each
         return F.elu(self.head.join(torch.cat(taps, 1)))[..., :h, :w]                              # (B,D,h,w)
     def no_weight_decay(self): return {n for n,_ in self.named_parameters() if n.rsplit('.', 1)[-1] in ('pos_embed', 'cls_token', 'reg_token')}
-
-# %% ../nbs/30_affinitynet.ipynb #490d2164
-def _resize(f, grid):
-    "f (B,C,h',w') on another grid (h,w), bilinear"
-    return f if f.shape[-2:]==grid else F.interpolate(f, size=grid, mode='bilinear', align_corners=False)
 
 # %% ../nbs/30_affinitynet.ipynb #2d20ee17
 def _find_labels(folder, ds):
@@ -331,14 +330,13 @@ def load_affinity(
     net.load_state_dict(weights)
     return net.eval(), cfg
 
-# %% ../nbs/30_affinitynet.ipynb #1581de80
+# %% ../nbs/30_affinitynet.ipynb #f1290a9c
 def _fingerprint(folder, files):
     "What identifies a set of label files"
     note = Path(folder)/'_crf.json'
     rows = [f'{id} {f.stat().st_size}' for id,f in files.items()] + ([note.read_text(encoding='utf-8')] if note.is_file() else [])
     return f"{len(files)} files, {hashlib.sha1(chr(10).join(rows).encode()).hexdigest()[:12]}"
 
-# %% ../nbs/30_affinitynet.ipynb #e6bbef86
 _set_here = 'ds', 'labels', 'dls', 'net', 'seed', 'device', 'name', 'pretrained', 'output_stride'       # what train_affinity hands over itself
 _no_result = 'workers',                                                                            # what does not change the weights
 
@@ -390,7 +388,7 @@ def predict_affinity(
     p = next(net.parameters())
     with evaluating(net): return pair_affinity(net(to_input(images, 1).to(p.device, p.dtype)), net.offsets)[0]   # (1,P,h,w) -> (P,h,w)
 
-# %% ../nbs/30_affinitynet.ipynb #4f4ccc03
+# %% ../nbs/30_affinitynet.ipynb #24cf6b12
 def _from_cell(affinity, i, j, offsets):
     "(h,w) affinities of cell (i,j) with its neighbours, NaN where there is no pair"
     P,h,w = affinity.shape; out = np.full((h,w), np.nan, np.float32); out[i, j] = 1
@@ -399,37 +397,40 @@ def _from_cell(affinity, i, j, offsets):
         if i-dy>=0 and 0<=j-dx<w: out[i-dy, j-dx] = a[i-dy, j-dx]
     return out
 
+def _mean_around(affinity, offsets, radius):
+    "Mean over the neighbours of each cell, in all directions, that are nearer than `radius`: (P,h,w) -> (h,w)"
+    total, number = np.zeros(affinity.shape[1:]), np.full(affinity.shape[1:], 1e-9)
+    for a,(dy,dx) in zip(affinity, offsets.tolist()):
+        if dy*dy+dx*dx >= radius**2: continue
+        for sums,v in ((total, _views(a, dy, dx)[0]), (number, 1)):
+            for part in _views(sums, dy, dx)[:2]: part += v               # the pair belongs to both of its cells
+    return total/number
+
 def boundary_map(
     affinity:torch.Tensor, # (P,h,w) from `predict_affinity`
     offsets:np.ndarray, # (P,2) that belong to it
     radius:float=2, # neighbours nearer than that count, in cells
 )->np.ndarray: # (h,w)
     "1 - mean affinity of each cell with its neighbours, in all directions"
-    total, number = np.zeros(affinity.shape[1:]), np.full(affinity.shape[1:], 1e-9)
-    for a,(dy,dx) in zip(affinity.cpu().numpy(), offsets.tolist()):
-        if dy*dy+dx*dx >= radius**2: continue
-        value = _views(a, dy, dx)[0]
-        for sums,v in ((total, value), (number, 1)):
-            for part in _views(sums, dy, dx)[:2]: part += v               # the pair belongs to both of its cells
-    return 1 - total/number
+    return 1 - _mean_around(affinity.cpu().numpy(), offsets, radius)
 
-# %% ../nbs/30_affinitynet.ipynb #68a12865
+# %% ../nbs/30_affinitynet.ipynb #99e21f1b
 def show_results(
     net:AffinityNet, # trained
     ds:Dataset, # photos to look at
     items:list=None, # positions or ids, default the first ones
     n:int=4, # photos, if `items` is not given
-    cell:tuple=None, # (row, column) of the cell whose affinities are shown, default one beside the clearest border
+    cell:tuple=None, # (row, column) of the cell whose affinities are shown, default the one whose neighbours differ most in it
 )->Figure:
     "Photo, affinities of one cell (crossed) with its neighbours, and the boundary map"
     items = list(range(min(n, len(ds)))) if items is None else list(items)
-    fig = Figure(figsize=(1.6*len(items), 4.9), dpi=72, layout='constrained')
+    fig = Figure(figsize=(1.5*len(items), 4.6), dpi=60, layout='constrained')
     for i,axs in zip(items, fig.subplots(3, len(items), squeeze=False).T):
-        im = ds.image(i); A = predict_affinity(net, im).cpu(); edges = boundary_map(A, net.offsets); s = net.stride
-        y,x = np.unravel_index(edges.argmax(), edges.shape) if cell is None else cell
+        im = ds.image(i); A = predict_affinity(net, im).cpu(); s = net.stride; around = lambda a: _mean_around(a.numpy(), net.offsets, math.inf)
+        y,x = np.unravel_index((around(A**2) - around(A)**2).argmax(), A.shape[1:]) if cell is None else cell
         place = dict(extent=(0, s*A.shape[2], s*A.shape[1], 0))                # cells as large as on the photo
         axs[1].imshow(im, alpha=.5); axs[1].imshow(_from_cell(A, y, x, net.offsets), vmin=0, vmax=1, alpha=.75, **place)
-        axs[0].imshow(im); axs[2].imshow(edges, cmap='magma', vmin=0, vmax=1, **place)
+        axs[0].imshow(im); axs[2].imshow(boundary_map(A, net.offsets), cmap='magma', vmin=0, vmax=1, **place)
         for ax in axs[:2]: ax.plot((x+.5)*s, (y+.5)*s, 'rx', ms=7, mew=2)
         for ax in axs: ax.set(xlim=(0, im.width), ylim=(im.height, 0)); ax.axis('off')
     return fig
