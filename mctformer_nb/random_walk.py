@@ -5,17 +5,15 @@
 # %% auto #0
 __all__ = ['random_walk', 'background_score', 'walked_mask', 'make_masks']
 
-# %% ../nbs/31_random_walk.ipynb #a15396b5
+# %% ../nbs/31_random_walk.ipynb #7d0f1178
 import time, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import AttrDict
 from PIL import Image
-from .affinitynet import pair_offsets
-from .attention import evaluating
+from .affinitynet import pair_offsets, predict_affinity
 from .core import DataError, progress, read_json, save_mask, write_json
 from .seeds import _ahead, _fingerprint, _say, _sweep, load_seed
 
@@ -27,9 +25,9 @@ def _offsets(P):
     if len(o)==P: return o
     raise DataError('affinity', f'has {P} pairs a cell, radius {r} would have {len(o)}', 'Give it as (P,h,w) with the pairs of pair_offsets')
 
-# %% ../nbs/31_random_walk.ipynb #b68cf482
+# %% ../nbs/31_random_walk.ipynb #18047e14
 def _transition(affinity, beta, dtype=torch.float32):
-    "Transpose of T as sparse CSR tensor (N,N) of `dtype`, from affinity (P,h,w)"
+    "Transpose of T minus the identity as sparse CSR tensor (N,N) of `dtype`, from affinity (P,h,w)"
     P,h,w = affinity.shape; N, dev = h*w, affinity.device
     o = torch.as_tensor(_offsets(P), device=dev)                                          # (P,2)
     pair = torch.arange(P, device=dev); pair = torch.cat([pair.flip(0), pair[:1], pair])  # (2P+1,), the middle one is the cell itself
@@ -39,13 +37,14 @@ def _transition(affinity, beta, dtype=torch.float32):
     inside, j = (y>=0) & (y<h) & (x>=0) & (x<w), y*w+x
     a = affinity.flatten(1)[pair, torch.minimum(i, j).clamp(0, N-1)].double()**beta       # (N,2P+1)
     a[:, P] = 1; a[~inside] = 0
-    a = (a/a.sum(1, keepdim=True)).to(dtype)
+    a = (a/a.sum(1, keepdim=True)).to(dtype).double()                                     # as rounded
+    a[:, P] = 0; a[:, P] = -a.sum(1); a = a.to(dtype)                                     # each row sums to 0
     rows = F.pad(inside.sum(1).cumsum(0), (1, 0))                                         # (N+1,)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Sparse', UserWarning)                          # CSR is called beta
         return torch.sparse_csr_tensor(rows.int(), j[inside].int(), a[inside], (N, N))
 
-# %% ../nbs/31_random_walk.ipynb #ae719ad1
+# %% ../nbs/31_random_walk.ipynb #616789e1
 @torch.no_grad()
 def random_walk(
     maps:np.ndarray|torch.Tensor, # (k,h,w) scores, one row a class, background among them
@@ -54,15 +53,18 @@ def random_walk(
     steps:int=64, # number of steps (MCTformer: 2^6, PSA: 2^8)
 )->np.ndarray|torch.Tensor: # (k,h,w), of the kind and on the device of `maps`; float32, or float64 for float64 maps
     "M T^t, T the column-normalised affinity^beta, without an N x N matrix. Raises `DataError` if the arrays do not fit each other."
-    m, a = torch.as_tensor(maps), torch.as_tensor(affinity)
+    m, a = _tensor(maps), _tensor(affinity)
     _check_walk(m, a, beta, steps)
     dtype = m.dtype if m.dtype==torch.float64 else torch.float32
     dev = m.device if m.device.type in ('cpu', 'cuda') else torch.device('cpu')           # others lack sparse products
     T = _transition(a.to(dev), beta, dtype)
     x = m.to(dev, dtype).flatten(1).t().contiguous()                                      # (k,h,w) -> (N,k)
-    for _ in range(int(steps) if len(m) else 0): x = T @ x
+    for _ in range(int(steps) if len(m) else 0): x = torch.addmm(x, T, x)         # x + T x, T without its 1
     x = x.t().contiguous().view(m.shape)                                                  # (N,k) -> (k,h,w)
     return x.to(m.device) if isinstance(maps, torch.Tensor) else x.numpy()
+
+# %% ../nbs/31_random_walk.ipynb #07c4aa21
+def _tensor(x): return x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))      # a copy: torch knows no mirrored views
 
 # %% ../nbs/31_random_walk.ipynb #d98763a8
 def _check_walk(maps, affinity, beta, steps):
@@ -96,7 +98,7 @@ def _pooled(maps, background, alpha, stride):
     bg = torch.full_like(m[:1], background) if alpha is None else (1-m.amax(0, keepdim=True))**alpha      # (1,H,W)
     return F.avg_pool2d(torch.cat([bg, m])[None], stride, ceil_mode=True)[0]                              # (k+1,H,W) -> (k+1,h,w)
 
-# %% ../nbs/31_random_walk.ipynb #7770ddb3
+# %% ../nbs/31_random_walk.ipynb #8c53f1b7
 @torch.no_grad()
 def walked_mask(
     classes:np.ndarray, # (k,) class indices, 0-based
@@ -111,7 +113,7 @@ def walked_mask(
     "Pseudo mask of one photo from its seed; all background where there is no class"
     H,W = np.shape(maps)[1:]
     if not len(classes): return np.zeros((H, W), np.uint8)
-    a = torch.as_tensor(affinity); grid = (-(-H//stride), -(-W//stride))
+    a = _tensor(affinity); grid = (-(-H//stride), -(-W//stride))
     if a.ndim!=3 or a.shape[1:]!=grid: raise DataError('affinity', f'is {tuple(a.shape)}, a photo of {W} x {H} pixels has {grid} cells', f'Use a network of stride {stride}')
     m = random_walk(_pooled(maps, background, alpha, stride).to(a.device), a, beta, steps)                # (k+1,h,w)
     m = F.interpolate(m[None], scale_factor=stride, mode='bilinear', align_corners=False)[0, :, :H, :W]   # -> (k+1,H,W)
@@ -190,16 +192,15 @@ def _run(ds, ids, seeds, out, affinity_of, how, workers):
     r.bad = sorted(r.bad)
     return r
 
-# %% ../nbs/31_random_walk.ipynb #4cd63270
-@contextmanager
+# %% ../nbs/31_random_walk.ipynb #b649e4fc
 def _affinities(net, stride, device):
     "The function photo -> (P,h,w) of `net`, a cell being `stride` pixels"
-    if not isinstance(net, torch.nn.Module): yield net; return
-    from mctformer_nb.affinitynet import predict_affinity
-    sized = lambda im: im if stride==8 else im.resize([-(-8*n//stride) for n in im.size], Image.BICUBIC)
-    with evaluating(net.to(device)): yield lambda im: predict_affinity(net, sized(im))
+    if not isinstance(net, torch.nn.Module): return net
+    net, own = net.to(device), net.stride
+    sized = lambda im: im if stride==own else im.resize([-(-own*n//stride) for n in im.size], Image.BICUBIC)
+    return lambda im: predict_affinity(net, sized(im))
 
-# %% ../nbs/31_random_walk.ipynb #e93c6021
+# %% ../nbs/31_random_walk.ipynb #b9bcaed1
 def make_masks(
     seeds_folder:str|Path, # `<id>.npz` of `extract_seeds`
     net:torch.nn.Module|object, # `AffinityNet`, moved to `device`; or any function photo -> (P,h,w)
@@ -209,18 +210,19 @@ def make_masks(
     alpha:float=None, # if given, the background is (1-max)^alpha instead (PSA)
     beta:float=8, # power of the affinities (reference)
     steps:int=64, # steps of the walk (MCTformer: 2^6, PSA: 2^8)
-    stride:int=8, # pixels of the photo a cell; AffinityNet has 8, so for less the photo is enlarged for it
+    stride:int=None, # pixels of the photo a cell, default the network's own (8); for less, the photo is enlarged for it
     device:str=None, # default cuda where there is one, else cpu
     overwrite:bool=False, # write masks anew that exist
     workers:int=4, # threads that read, walk and write
 )->AttrDict: # folder; written, skipped, empty (photos without a class): counts; bad: [(id, problem)]; seconds
     "Write one palette PNG a photo. Existing ones are skipped, unusable photos and seeds listed; `DataError` for what cannot work at all"
     start, seeds, out = time.time(), Path(seeds_folder), Path(out)
+    stride = stride or getattr(net, 'stride', 8)
     settings = _settings(seeds, net, ds, background, alpha, beta, steps, stride)
     _claim(out, settings, ds.ids, overwrite)
     ids = [id for id in ds.ids if not _done(out/f'{id}.png')]
     how = {k: settings[k] for k in ('background', 'alpha', 'beta', 'steps', 'stride')}
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    with _affinities(net, stride, device) as affinity_of: report = _run(ds, ids, seeds, out, affinity_of, how, workers)
+    report = _run(ds, ids, seeds, out, _affinities(net, stride, device), how, workers)
     _sweep(out)
     return AttrDict(report, skipped=len(ds)-len(ids), folder=str(out), seconds=time.time()-start)
