@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LABEL_CRF', 'SEG_CRF', 'REFERENCE_ALPHAS', 'PSA_ALPHAS', 'PSA_PAPER_ALPHAS', 'dense_crf', 'add_background',
            'save_crf_label', 'load_crf_label', 'claim_folder', 'sweep_folder', 'cores', 'run_pool', 'crf_labels',
-           'show_crf_labels']
+           'refined_mask', 'show_crf_labels']
 
-# %% ../nbs/24_crf.ipynb #eba88fc1
+# %% ../nbs/24_crf.ipynb #61df70e8
 import hashlib, os, shutil, signal, threading, time, zipfile
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool
@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import AttrDict
 from joblib.externals.loky import ProcessPoolExecutor
-from .core import DataError, atomic_path, overlay, progress, read_json, write_json
+from PIL import Image
+from .core import DataError, atomic_path, overlay, progress, read_json, save_mask, write_json
 from .scores import _read_seed
 
 # %% ../nbs/24_crf.ipynb #52c0c206
@@ -159,7 +160,7 @@ def _start(parent):
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/24_crf.ipynb #31c41ab4
+# %% ../nbs/24_crf.ipynb #f813cfba
 def run_pool(
     job:callable, # of one item; what it raises is raised here
     items, # iterable, read in this process a few items ahead
@@ -176,7 +177,9 @@ def run_pool(
         while queue: yield queue.popleft().result()
     except BrokenProcessPool as e:
         raise DataError('worker processes', f'one of {workers} ended early, perhaps for lack of memory ({str(e).splitlines()[0]})', 'Use fewer workers, or workers=1; what is written is kept') from None
-    finally: pool.shutdown(wait=True, kill_workers=True)
+    finally:
+        for f in queue: f.cancel()
+        pool.shutdown(wait=True)
 
 # %% ../nbs/24_crf.ipynb #d2648c78
 def _read_pair(seeds, ds, id):
@@ -246,6 +249,29 @@ def crf_labels(
         else: r.written += 1; r.empty += got==0
     sweep_folder(out)
     return AttrDict(r, seconds=time.time()-start)
+
+# %% ../nbs/24_crf.ipynb #deb34954
+def refined_mask(
+    image:np.ndarray, # uint8 (H,W,3)
+    labels:np.ndarray, # (k,) mask values of the rows
+    probs:np.ndarray, # (k,H,W) in [0,1]
+    crf:dict=SEG_CRF, # parameters of `dense_crf`; None: only the argmax
+)->np.ndarray: # uint8 (H,W)
+    "The most probable mask value of every pixel"
+    if crf and len(labels)>1: probs = dense_crf(image, probs, **crf)
+    return np.asarray(labels).astype(np.uint8)[np.argmax(probs, 0)]
+
+# %% ../nbs/24_crf.ipynb #5df23674
+def _write_mask(crf, item):
+    "dict(image, labels, probs; mask, size (H,W); picture, table: paths or None; scores) -> None; or a message handed on"
+    if isinstance(item, str): return item
+    if item.get('table'): write_json(item['table'], item['scores'])
+    mask = refined_mask(item['image'], item['labels'], item['probs'], crf)
+    H,W = item['size']
+    if mask.shape!=(H,W): mask = np.asarray(Image.fromarray(mask).resize((W, H), Image.NEAREST))
+    if item.get('picture'):
+        with atomic_path(item['picture']) as p: overlay(item['image'], mask).save(p, quality=90)
+    save_mask(item['mask'], mask)                           # last: its presence tells that the photo is done
 
 # %% ../nbs/24_crf.ipynb #c1c5f744
 def show_crf_labels(
