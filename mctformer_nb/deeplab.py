@@ -259,9 +259,10 @@ class PixelAccumulation(GradientAccumulation):
             if p.grad is not None: p.grad /= self.weight.clamp(min=1e-12)
         self._empty()
 
-# %% ../nbs/41_deeplab.ipynb #025c9170
-_recipes = dict(sgd=(torch.optim.SGD, 7e-4, 1e-5), adamw=(torch.optim.AdamW, 1e-4, .05))     # lr and weight decay; sgd: reference
+# %% ../nbs/41_deeplab.ipynb #0c0a1422
+_recipes = dict(sgd=(torch.optim.SGD, 7e-4, 1e-5), adamw=(torch.optim.AdamW, 1e-4, .05))     # learning rate and weight decay; sgd: reference
 
+# %% ../nbs/41_deeplab.ipynb #33d5174e
 def segment_learner(
     dls:DataLoaders, # from `segment_loaders`
     model:DeepLab, # moved to the device of `dls`
@@ -282,9 +283,8 @@ def segment_learner(
     if not 1<=accumulate<=len(dls.train): raise DataError('training', f'{accumulate} batches a step, but an epoch has {len(dls.train)}', 'Accumulate fewer batches')
     make, usual_lr, usual_wd = _recipes[optimizer]
     groups = param_groups(model, usual_wd if weight_decay is None else weight_decay, {'head': head_mult, **(lr_mult or {})})
-    if optimizer=='sgd': make = partial(make, momentum=momentum)
-    def opt_func(params, lr): return OptimWrapper(opt=make(groups, lr=lr))                  # the groups replace fastai's splitter
-    amp = amp or ('fp16' if dls.device.type=='cuda' else 'off')
+    extra, amp = dict(momentum=momentum) if optimizer=='sgd' else {}, amp or ('fp16' if dls.device.type=='cuda' else 'off')
+    def opt_func(params, lr): return OptimWrapper(opt=make(groups, lr=lr, **extra))         # the groups replace fastai's splitter
     model.to(dls.device, memory_format=torch.channels_last)                    # a third less time for a convolutional backbone on a CPU
     cbs = [PolySchedule(power), *([] if amp=='off' else [Precision(amp)]), *([PixelAccumulation(accumulate)] if accumulate>1 else []), *cbs]
     return Learner(dls, model, SegmentLoss(loss_at), opt_func=opt_func, lr=usual_lr if lr is None else lr, metrics=MeanIoU(model.num_classes), cbs=cbs)
