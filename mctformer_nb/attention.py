@@ -92,13 +92,15 @@ def _one_buffer(blocks, qk):
 # %% ../nbs/21_attention.ipynb #9a6d475d
 KINDS, RULES = ('attn', 'patchcam', 'fused'), ('reference', 'paper', 'plus')
 
-# %% ../nbs/21_attention.ipynb #205f4720
+# %% ../nbs/21_attention.ipynb #54b8ec08
 def _check_request(model, kind, layers, rule, classes):
     "The number of layers K and the list of class indices, or a `DataError` that says what to ask for instead"
-    L, C = len(model.blocks), model.num_classes
-    if kind not in KINDS: raise DataError(f"kind {kind!r}: unknown. Use one of {', '.join(map(repr, KINDS))}.")
+    own, C = hasattr(model, 'kinds'), model.num_classes                    # a baseline knows no layers and no rule
+    L, kinds = (1, model.kinds) if own else (len(model.blocks), KINDS)
+    if kind not in kinds: raise DataError(f"kind {kind!r}: unknown. Use one of {', '.join(map(repr, kinds))}.")
+    if own: layers, rule = None, RULES[0]
     if rule not in RULES: raise DataError(f"rule {rule!r}: unknown. Use one of {', '.join(map(repr, RULES))}.")
-    if kind != 'attn' and getattr(model, 'head', None) is None:
+    if not own and kind != 'attn' and getattr(model, 'head', None) is None:
         raise DataError(f"kind {kind!r}: a V1 model has no patch head. Use kind='attn', or a model with variant='v2'.")
     K = L if layers is None else layers
     if isinstance(K, bool) or not isinstance(K, int) or not 1 <= K <= L:
@@ -120,19 +122,21 @@ def evaluating(
     finally:
         for m,t in modes.items(): m.training = t
 
-# %% ../nbs/21_attention.ipynb #4542b4a3
+# %% ../nbs/21_attention.ipynb #f17f7f7a
 @torch.no_grad()
 def localize(
-    model:nn.Module,       # an MCTformer
+    model:nn.Module,       # an MCTformer, or a baseline
     x:Tensor,              # images (B,3,H,W), ImageNet-normalised, H and W multiples of the patch size
-    kind:str='fused',      # 'attn' | 'patchcam' | 'fused' (the last two need V2)
+    kind:str='fused',      # 'attn' | 'patchcam' | 'fused' (the last two need V2); of a baseline, one of its `kinds`
     layers:int=3,          # K of Eq. 2 (paper and reference: 3), None for all (MCTformer+)
     refine:bool=True,      # patch affinity, Eq. 3 and 7
     rule:str='reference',  # 'reference' | 'paper' | 'plus', see the table above
     classes:list=None,     # class indices to compute, default all
-) -> Tensor:               # (B,C or len(classes),h,w) at the patch grid, float32, not negative, not normalised
+) -> Tensor:               # (B,C or len(classes),h,w) at the patch grid, float32, not negative (but 'tscam'), not normalised
     "Class-specific localization maps. Raises `DataError` for what the model cannot do or sizes it cannot take."
     K, idx = _check_request(model, kind, layers, rule, classes)
+    if hasattr(model, 'kinds'):
+        with evaluating(model): return model.localize(x, kind, idx)
     C, L = model.num_classes, len(model.blocks)
     last, scales = range(L-K, L), {l: b.attn.scale for l,b in enumerate(model.blocks)}
     need = (last if rule == 'paper' else range(L)) if refine else last if kind != 'patchcam' else []
@@ -160,9 +164,9 @@ def to_input(
     mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (x-mean)/std
 
-# %% ../nbs/21_attention.ipynb #f800fa36
+# %% ../nbs/21_attention.ipynb #1afc4a14
 def localize_image(
-    model:nn.Module,    # an MCTformer
+    model:nn.Module,    # an MCTformer, or a baseline
     image:Image.Image,  # RGB photo, any size
     classes:list=None,  # class indices, default all
     size:int=None,      # short side the model sees, in pixels; default the photo's own (slow for large photos)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['save_seed', 'load_seed', 'extract_seeds', 'show_seeds']
 
-# %% ../nbs/22_seeds.ipynb #99097e0c
+# %% ../nbs/22_seeds.ipynb #353dbe4d
 import hashlib, shutil, time, zipfile, zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import AttrDict
+import mctformer_nb.baselines                             # so that `load_run` knows their run folders
 from .attention import _check_request, evaluating, localize, minmax, to_input
 from .core import DataError, atomic_path, progress, read_json, write_json
 
@@ -204,13 +205,15 @@ def _run(model, ds, out, how, batch_size, device, workers):
     r.bad = sorted(r.bad)
     return r
 
-# %% ../nbs/22_seeds.ipynb #e9ed8e8a
+# %% ../nbs/22_seeds.ipynb #186e0dd5
 def _settings(model, ds, kind, layers, refine, rule, scales, flip, image_size, labels, label_threshold):
     "Everything that decides what is in the files, checked -> dict"
     def need(ok, problem, fix):
         if not ok: raise DataError('seeds', problem, fix)
-    kind, scales = kind or ('attn' if model.variant=='v1' else 'fused'), [float(s) for s in np.atleast_1d(scales)]
+    own = getattr(model, 'kinds', ())                                         # a baseline's maps have no layers, affinity or rule
+    kind, scales = kind or (own[0] if own else 'attn' if model.variant=='v1' else 'fused'), [float(s) for s in np.atleast_1d(scales)]
     _check_request(model, kind, layers, rule, None)
+    if own: layers, refine, rule = None, False, None
     need(len(ds), f'the data set {ds.name} has no images', 'Check the split')
     need(model.num_classes == len(ds.classes), f'the model has {model.num_classes} classes, the data set {ds.name} has {len(ds.classes)}', 'Use the data that the model was trained for')
     need(len(scales) and all(0 < s <= 8 for s in scales), f'scales {scales} are not all above 0 and at most 8', 'Give for example 0.75, 1, 1.25')
@@ -220,12 +223,12 @@ def _settings(model, ds, kind, layers, refine, rule, scales, flip, image_size, l
     return dict(kind=kind, layers=layers, refine=bool(refine), rule=rule, scales=scales, flip=bool(flip), image_size=image_size, labels=labels,
                 label_threshold=label_threshold if labels=='predicted' else None, score=model.score, classes=list(ds.classes), model=_fingerprint(model))
 
-# %% ../nbs/22_seeds.ipynb #7d7cd08e
+# %% ../nbs/22_seeds.ipynb #9f17f3e9
 def extract_seeds(
-    model:torch.nn.Module, # `MCTformer`, moved to `device`
+    model:torch.nn.Module, # `MCTformer` or a baseline, moved to `device`
     ds:'Dataset', # images and their labels
     out:str|Path, # folder of seed files
-    kind:str=None, # 'attn' | 'patchcam' | 'fused'; default fused for V2, attn for V1
+    kind:str=None, # 'attn' | 'patchcam' | 'fused'; default fused for V2, attn for V1, the first of its `kinds` for a baseline
     layers:int=3, # fused layers K (paper: 3; None: all)
     refine:bool=True, # affinity refinement (Eq. 3, 7)
     rule:str='reference', # reading of the formulas, see `localize`

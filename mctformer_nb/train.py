@@ -6,7 +6,7 @@
 __all__ = ['mct_loss', 'prior_loss', 'make_transform', 'Photos', 'make_loaders', 'average_precision', 'MeanAP', 'make_learner',
            'train_classifier', 'show_batch', 'show_results']
 
-# %% ../nbs/12_train.ipynb #4b88541a
+# %% ../nbs/12_train.ipynb #23e25529
 import inspect, sys
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from torchvision import transforms as T
 from .core import DataError
 from .datasets import Dataset
 from .learner import CosineSchedule, KeepFrozen, Precision, data_fingerprint, epoch_loader, fit_run, make_dls, param_groups, plain, seeded
-from .mctformer import MCTformer, save_run
+from .mctformer import MCTformer, build_model, save_run
 
 # %% ../nbs/12_train.ipynb #a193c3cd
 def mct_loss(
@@ -139,10 +139,10 @@ class MeanAP(Metric):
     @property
     def name(self): return f'map_{self.field}'
 
-# %% ../nbs/12_train.ipynb #f390d70a
+# %% ../nbs/12_train.ipynb #0dababb9
 def make_learner(
     dls:DataLoaders, # from `make_loaders`
-    model:MCTformer, # moved to the device of `dls`
+    model:torch.nn.Module, # from `build_model`, moved to the device of `dls`
     lr:float=None, # default 5e-4 * batch size / 512
     weight_decay:float=.05, # reference
     lr_mult:dict=None, # see `param_groups`
@@ -173,7 +173,7 @@ def _deal(options):
     if odd and not isinstance(model['backbone'], str): raise DataError(f"option {', '.join(sorted(odd))}: unknown. Use {', '.join(sorted(known))}.")
     return load, fit, model, {k: plain(v) for k,v in {**load, **fit, **model}.items() if k not in _no_result}
 
-# %% ../nbs/12_train.ipynb #4bcf1c38
+# %% ../nbs/12_train.ipynb #1d62aa8b
 def train_classifier(
     ds:Dataset, # to train on; only its image-level labels are used
     valid:Dataset=None, # the same classes, for loss and mAP after each epoch
@@ -184,14 +184,14 @@ def train_classifier(
     device:str=None, # default CUDA if there is one
     fresh:bool=False, # throw away what is in `out`
     log:callable=partial(print, flush=True), # receives one line per epoch
-    **options, # of `make_loaders`, `make_learner`, `CosineSchedule`, `MCTformer`; the rest is for timm
+    **options, # of `make_loaders`, `make_learner`, `CosineSchedule`, `build_model`; the rest is for timm
 )->Path: # the run folder
-    "Train an MCTformer into a run folder, or go on with the run that is there. Raises `DataError`."
+    "Train an MCTformer or a baseline into a run folder, or go on with the run that is there. Raises `DataError`."
     load, fit, rest, settings = _deal(options)
     settings |= dict(pretrained=plain(pretrained), data=data_fingerprint(ds), valid=valid and data_fingerprint(valid))
     prior, device = prior_loss(ds.targets(), rest['variant']), device or ('cuda' if torch.cuda.is_available() else 'cpu')
     def make(start):
-        dls, model = make_loaders(ds, valid, **load, seed=seed, device=device), MCTformer(len(ds.classes), pretrained=pretrained if start else False, **rest)
+        dls, model = make_loaders(ds, valid, **load, seed=seed, device=device), build_model(len(ds.classes), pretrained=pretrained if start else False, **rest)
         log(f"{out}: {settings['data']}, {dls.train.dataset.unlabelled} without label; {sum(p.numel() for p in model.parameters())/1e6:.1f} M parameters on {dls.device}; loss of the label frequencies {prior:.4f}")
         return make_learner(dls, model, **fit)
     config = dict(classes=list(ds.classes), image_size=load['image_size'], train=settings | dict(epochs=epochs, seed=seed))
@@ -214,10 +214,10 @@ def show_batch(
         ax.set_title(', '.join(np.array(data.ds.classes)[y.numpy()>0]), fontsize=8)
     return fig
 
-# %% ../nbs/12_train.ipynb #3d6bf0f7
+# %% ../nbs/12_train.ipynb #8e6509dd
 @torch.no_grad()
 def show_results(
-    model:MCTformer, # trained
+    model:torch.nn.Module, # trained
     ds:Dataset, # photos to look at
     items:list=None, # positions, default the first ones with a label
     n:int=6, # photos, if `items` is not given
