@@ -118,7 +118,11 @@ def pair_loss(
     mean = lambda cost, k: (cost*(kinds==k)).sum() / (kinds==k).sum().clamp(min=1)
     return mean(same, 1)/4 + mean(same, 2)/4 + mean(other, 3)/2
 
-# %% ../nbs/30_affinitynet.ipynb #e0db2161
+# %% ../nbs/30_affinitynet.ipynb #b2662587
+def _unit(f):
+    "f (B,C,h,w) with mean 0 and variance 1 over the channels of each cell"
+    return F.layer_norm(f.permute(0, 2, 3, 1), f.shape[1:2]).permute(0, 3, 1, 2)                   # (B,C,h,w) -> (B,h,w,C) -> (B,C,h,w)
+
 def _resize(f, grid):
     "f (B,C,h',w') on another grid (h,w), bilinear"
     return f if f.shape[-2:]==grid else F.interpolate(f, size=grid, mode='bilinear', align_corners=False)
@@ -131,11 +135,13 @@ class AffinityNet(nn.Module):
         stride:int=8, # pixels a cell (reference)
         radius:int=5, # of the pairs, in cells (reference)
         width:int=64, # channels of the first tap; the next ones have 2, 4, ... times as many (reference)
-        gain:float=4, # of the last layer's start: the larger, the more do untrained features differ (reference)
+        norm:bool=None, # every cell of a tap to mean 0 and variance 1; default: not on ResNet38 (reference)
+        gain:float=None, # of the last layer's start: the larger, the more do untrained features differ; default 4 on ResNet38 (reference), else 1
         **backbone_args, # of `DenseBackbone`, e.g. taps
     ):
         super().__init__()
-        named = isinstance(backbone, str)
+        named, psa = isinstance(backbone, str), backbone=='mct_resnet38'
+        self.norm, gain = not psa if norm is None else bool(norm), gain or (4 if psa else 1)
         self.backbone = DenseBackbone(backbone, pretrained=pretrained, output_stride=stride, **backbone_args) if named else backbone
         widths = [width*2**i for i in range(len(self.backbone.channels))]
         conv = partial(nn.Conv2d, kernel_size=1, bias=False)
@@ -143,12 +149,13 @@ class AffinityNet(nn.Module):
         for tap in self.head.taps: nn.init.kaiming_normal_(tap.weight)
         nn.init.xavier_uniform_(self.head.join.weight, gain=gain)
         self.stride, self.offsets, self.block = stride, pair_offsets(radius), math.lcm(stride, *self.backbone.strides)
-        self.config = dict(backbone=backbone if named else 'custom', stride=stride, radius=radius, width=width, backbone_args=backbone_args)
+        self.config = dict(backbone=backbone if named else 'custom', stride=stride, radius=radius, width=width, norm=self.norm, backbone_args=backbone_args)
     def forward(self, x):
         h,w = (math.ceil(n/self.stride) for n in x.shape[-2:])
         x = F.pad(x, (0, -x.shape[-1] % self.block, 0, -x.shape[-2] % self.block))
         grid = tuple(n//self.stride for n in x.shape[-2:])
-        taps = [F.elu(_resize(tap(f), grid)) for tap,f in zip(self.head.taps, self.backbone(x))]     # (B,64*2^t,H/stride,W/stride) each
+        feats = [_unit(f) if self.norm else f for f in self.backbone(x)]                             # (B,C_t,H/s_t,W/s_t) each
+        taps = [F.elu(_resize(tap(f), grid)) for tap,f in zip(self.head.taps, feats)]                # (B,64*2^t,H/stride,W/stride) each
         return F.elu(self.head.join(torch.cat(taps, 1)))[..., :h, :w]                              # (B,D,h,w)
     def no_weight_decay(self): return {n for n,_ in self.named_parameters() if n.rsplit('.', 1)[-1] in ('pos_embed', 'cls_token', 'reg_token')}
 
@@ -311,7 +318,7 @@ def save_affinity(
     write_json(folder/'config.json', cfg)
     return cfg
 
-# %% ../nbs/30_affinitynet.ipynb #af27dea3
+# %% ../nbs/30_affinitynet.ipynb #f4484cb5
 def load_affinity(
     folder:str|Path, # run folder written by `save_affinity`
     backbone:nn.Module=None, # only for a backbone of your own
@@ -321,10 +328,10 @@ def load_affinity(
     if not file.is_file(): raise DataError(file, 'there is no such file', 'Give a run folder, as mct_affinity --out writes it')
     cfg = read_json(file)
     if cfg.get('kind')!='affinitynet': raise DataError(file, f"is the run of another network ({cfg.get('kind') or cfg.get('variant') or 'unknown'})", 'Give a run of mct_affinity')
-    lacking = {'backbone', 'stride', 'radius', 'width', 'backbone_args'} - cfg.keys()
+    lacking = {'backbone', 'stride', 'radius', 'width', 'norm', 'backbone_args'} - cfg.keys()
     if lacking: raise DataError(file, f"{', '.join(sorted(lacking))} missing", 'Was it written by another program?')
     if cfg['backbone']=='custom' and backbone is None: raise DataError(file, 'the backbone was a module of your own', 'Call load_affinity(folder, backbone=...) with one like it')
-    net = AffinityNet(backbone or cfg['backbone'], stride=cfg['stride'], radius=cfg['radius'], width=cfg['width'], **({} if backbone else cfg['backbone_args']))
+    net = AffinityNet(backbone or cfg['backbone'], stride=cfg['stride'], radius=cfg['radius'], width=cfg['width'], norm=cfg['norm'], **({} if backbone else cfg['backbone_args']))
     path = file.with_name('model.safetensors'); weights = read_state_dict(path)
     _check_keys(weights, net.state_dict(), path)
     net.load_state_dict(weights)
