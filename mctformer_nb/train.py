@@ -22,7 +22,7 @@ from torchvision import transforms as T
 from .core import DataError
 from .datasets import Dataset
 from .learner import CosineSchedule, KeepFrozen, Precision, data_fingerprint, epoch_loader, fit_run, make_dls, param_groups, plain, seeded
-from .mctformer import MCTformer, build_model, save_run
+from .mctformer import build_model, save_run
 
 # %% ../nbs/12_train.ipynb #a193c3cd
 def mct_loss(
