@@ -126,7 +126,7 @@ def _place(rng, n, others, r):
     room = [min([np.linalg.norm(c-q)/(r+p) for q,p in others], default=1.) for c in tries]
     return tries[next((i for i,v in enumerate(room) if v>.9), int(np.argmax(room)))]
 
-# %% ../nbs/01_mini.ipynb #60acfb37
+# %% ../nbs/01_mini.ipynb #0c2e97ed
 _SPLITS = dict(train=1, val=2, pretrain=3)
 def draw_scene(
     index:int,           # which scene of the split
@@ -134,7 +134,7 @@ def draw_scene(
     split:str='train',   # 'train' | 'val' | 'pretrain' (the other classes)
     seed:int=0,          # another seed is another data set
     objects=(1,3),       # fewest and most objects
-    scale=(.22,.34),     # radius of a lone object as a part of the side; two are 10 %, three 20 % smaller
+    scale=(.25,.36),     # radius of a lone object as a part of the side; two are 10 %, three 20 % smaller
 ) -> tuple[np.ndarray, np.ndarray]: # image uint8 (size,size,3), mask uint8 (size,size): 0 background, class index + 1
     "Scene `index` of a split: the same arguments always draw the same picture. Raises `ValueError` for an unknown split or a side under 16."
     if split not in _SPLITS: raise ValueError(f"split {split!r} is not drawn. Use one of {', '.join(_SPLITS)}.")
@@ -142,7 +142,7 @@ def draw_scene(
     specs = list((_PRETRAIN if split=='pretrain' else _MINI).values())
     rng,n = np.random.default_rng([seed, _SPLITS[split], index]), 2*size
     im,mask,placed = _background(rng, n), np.zeros((n,n), np.uint8), []
-    k = rng.integers(objects[0], objects[1]+1)
+    ks = np.arange(objects[0], objects[1]+1); k = rng.choice(ks, p=(1/ks)/(1/ks).sum())
     for c in rng.choice(len(specs), k, replace=False):
         r = rng.uniform(*scale)*n*(1.1 - .1*k); centre = _place(rng, n, placed, r); placed.append((centre, r))
         a,m = _object(rng, n, specs[c], r, centre)
