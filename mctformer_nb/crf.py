@@ -273,7 +273,7 @@ def _write_mask(crf, item):
         with atomic_path(item['picture']) as p: overlay(item['image'], mask).save(p, quality=90)
     save_mask(item['mask'], mask)                           # last: its presence tells that the photo is done
 
-# %% ../nbs/24_crf.ipynb #c1c5f744
+# %% ../nbs/24_crf.ipynb #4ba230dd
 def show_crf_labels(
     ds:'Dataset', # photos
     folder:str|Path, # their label files
@@ -285,7 +285,7 @@ def show_crf_labels(
     import matplotlib.pyplot as plt                       # only here: writing labels does not need it
     ids = list(ids) if ids is not None else [i for i in ds.ids if _done(Path(folder)/f'{i}.npz')][:n]
     if not ids: raise DataError(folder, f'holds no labels of {ds.name}', 'Write them with mct_crf_labels, or check split and folder')
-    fig, axs = plt.subplots(len(ids), 3+(seeds is not None), figsize=(7, 1.8*len(ids)), dpi=72, squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(len(ids), 3+(seeds is not None), figsize=(6, 1.6*len(ids)), dpi=72, squeeze=False, layout='constrained')
     for i,row in zip(ids, axs):
         image, (classes, low, high) = ds.image(i), load_crf_label(Path(folder)/f'{i}.npz')
         masks = [overlay(image, np.append(0, classes+1)[p.argmax(0)], .7) for p in (low, high)]

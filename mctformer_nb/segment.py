@@ -6,7 +6,7 @@
 __all__ = ['SCALES', 'view_logits', 'class_probs', 'segment', 'photo_dataset', 'segment_dataset', 'show_masks', 'voc_archive',
            'class_scores', 'predict_photos']
 
-# %% ../nbs/42_segment.ipynb #95df3f61
+# %% ../nbs/42_segment.ipynb #9ac4c685
 import csv, gzip, io, tarfile, time
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import AttrDict
 from PIL import Image
 from .attention import IMAGENET_MEAN, IMAGENET_STD, _check_request, evaluating, to_input
-from .core import DataError, atomic_path, open_mask, overlay, legend, progress, read_json, voc_palette
+from .core import DataError, atomic_path, open_mask, overlay, progress, read_json, voc_palette
 from .crf import SEG_CRF, _pydensecrf, _write_mask, claim_folder, cores, refined_mask, run_pool, sweep_folder
 from .datasets import Dataset, _photo, _photo_files, _photo_size
 from .mctformer import MCTformer, load_run
@@ -186,7 +186,7 @@ def _check_views(scales, window, image_size):
     if image_size is not None and image_size<1: raise DataError('image size', f'{image_size} is not possible', 'Give the shorter side in pixels')
     return scales
 
-# %% ../nbs/42_segment.ipynb #965a25f2
+# %% ../nbs/42_segment.ipynb #3a5ad2eb
 def segment_dataset(
     run:str|Path|tuple, # run folder of a segmentation network, or (network, class names)
     ds:Dataset|str|Path, # data set, or a folder of photos
@@ -198,8 +198,7 @@ def segment_dataset(
     image_size:int=None, # shorter side at scale 1; default as in training
     overlays:bool=False, # also `overlays/<id>.jpg`
     device:str=None, # default cuda where there is one, else cpu
-    workers:int=None, # processes for the CRF, default one a core
-    overwrite:bool=False, # write masks anew that exist
+    workers:int=None, overwrite:bool=False, # processes for the CRF, default one a core; write masks anew that exist
 )->AttrDict: # folder; written, skipped: counts; bad: [(id, problem)]; classes; seconds
     "Write a mask for every photo. Existing ones are skipped, unreadable photos listed; `DataError` for what cannot work at all"
     start, out, scales = time.time(), Path(out), _check_views(scales, window, image_size)
@@ -223,27 +222,30 @@ def _deeplab_view(net, names, how, image):
     probs = class_probs(net, image, **how)                                    # (C+1,H,W)
     return *_present(probs), dict(zip(names, probs[1:].amax((1, 2)).tolist()))
 
-# %% ../nbs/42_segment.ipynb #48f60c8e
+# %% ../nbs/42_segment.ipynb #cceeb289
 def show_masks(
     ds:Dataset|str|Path, # data set, or folder of photos
     folder:str|Path, # its masks
     classes:list=None, # names for the legend, default those of the data set
     n:int=4, # photos, the first that have a mask
     ids:list=None, # or these
+    side:float=1.7, # inches a picture
 ): # matplotlib figure
     "Photos with their masks and the names of the colours; with ground truth in between where there is one"
-    from matplotlib.figure import Figure
+    import matplotlib.figure, matplotlib.patches          # only here: writing masks does not need it
     ds, folder = ds if isinstance(ds, Dataset) else photo_dataset(ds, classes or ()), Path(folder)
     ids = list(ids) if ids is not None else [i for i in ds.ids if (folder/f'{i}.png').is_file()][:n]
     if not ids: raise DataError(folder, f'holds no mask of {ds.name}', 'Write them with mct_segment, or check split and folder')
     kinds = ['photo', *['ground truth']*ds.has_masks, 'mask']
-    fig = Figure(figsize=(1.7*len(ids), 1.7*len(kinds)+.5), dpi=72, layout='constrained')
+    fig, seen = matplotlib.figure.Figure(figsize=(side*len(ids), side*len(kinds)+.4), dpi=72, layout='constrained'), set()
     for col,id in zip(fig.subplots(len(kinds), len(ids), squeeze=False).T, ids):
         im = ds.image(id)
         for ax,kind in zip(col, kinds):
             m = ds.mask(id) if kind=='ground truth' else open_mask(folder/f'{id}.png', im.size[::-1]) if kind=='mask' else None
             ax.imshow(im if m is None else overlay(im, m, .7)); ax.axis('off'); ax.set_title(id if m is None else kind, fontsize=8)
-        legend(col[-1], m, classes or ds.classes)
+            seen |= set() if m is None else set(np.unique(m).tolist())-{0, 255}
+    colours = [matplotlib.patches.Patch(color=voc_palette()[v]/255, label=dict(enumerate(classes or ds.classes, 1)).get(v, f'index {v}')) for v in sorted(seen)]
+    fig.legend(handles=colours, loc='outside lower center', ncols=4, fontsize=7, frameon=False)
     return fig
 
 # %% ../nbs/42_segment.ipynb #2926f013
@@ -302,15 +304,13 @@ def _mct_view(model, names, how, image):
     rows = np.concatenate([np.full((1, *rows.shape[1:]), how['background'], np.float32), rows])        # (k+1,H,W)
     return np.append(0, classes+1), rows, dict(zip(names, map(float, p)))
 
-# %% ../nbs/42_segment.ipynb #c3b17411
+# %% ../nbs/42_segment.ipynb #16492967
 def predict_photos(
     run:str|Path|tuple, # run folder of a segmentation network or of an MCTformer, or (model, class names)
     photos:str|Path|list, # files, a file, or a folder
     out:str|Path, # folder: masks `<id>.png`, `overlays/<id>.jpg`, `scores.csv`
     crf:dict|None=SEG_CRF, # parameters of `dense_crf`; None: no CRF
-    scales:tuple=SCALES, # segmentation network: views
-    flip:bool=False, # segmentation network: mirror images too
-    window:int=None, # segmentation network: side of windows for larger views
+    scales:tuple=SCALES, flip:bool=False, window:int=None, # segmentation network: as in `segment_dataset`
     image_size:int=None, # shorter side at scale 1 in pixels; default: of the run for a segmentation network, the photo's own for an MCTformer
     longest:int|None=1024, # longer side to which larger photos are reduced; None: never
     label_threshold:float=.5, # MCTformer: probability from which a class counts
@@ -320,19 +320,16 @@ def predict_photos(
 )->AttrDict: # folder; written, skipped; bad: [(id, problem)]; classes; scores: {id: {class: score}}; seconds
     "Mask, overlay and class scores of any photos. Unreadable ones are listed; `DataError` for what cannot work at all"
     start, out, scales = time.time(), Path(out), _check_views(scales, window, image_size)
-    net, names, cfg = _open(run, device)
-    ds = photo_dataset(photos, names)
+    net, names, cfg = _open(run, device); ds = photo_dataset(photos, names)
     if crf: _pydensecrf()
     if cfg.kind=='deeplab': view, how = _deeplab_view, dict(scales=scales, flip=bool(flip), window=window, image_size=image_size or cfg.image_size)
     else: view, how = _mct_view, _mct_settings(net, cfg, image_size, label_threshold, background, maps)
     claim_folder(out, '_predict.json', _plain_settings(net, names, crf, longest=longest, **how), ds.ids, '.png', overwrite)
     if not overwrite: _check_sources(ds, out)
     with evaluating(net): r = _run(partial(view, net, names, how), ds, out, crf, longest, True, True, workers)
-    bad = {i for i,_ in r.bad}; r.scores = {i: read_json(out/'scores'/f'{i}.json')['scores'] for i in ds.ids if i not in bad}
-    _write_table(out/'scores.csv', names, r.scores)
-    return AttrDict(r, classes=names, seconds=time.time()-start)
+    return AttrDict(r, scores=_write_table(out, names, [i for i in ds.ids if i not in dict(r.bad)]), classes=names, seconds=time.time()-start)
 
-# %% ../nbs/42_segment.ipynb #8bdf8fa0
+# %% ../nbs/42_segment.ipynb #08e4f538
 def _mct_settings(model, cfg, image_size, label_threshold, background, maps):
     "What decides the maps of an MCTformer, checked"
     for name,v in (('label threshold', label_threshold), ('background', background)):
@@ -347,7 +344,9 @@ def _check_sources(ds, out):
         table = out/'scores'/f'{id}.json'; was = read_json(table).get('photo') if table.is_file() else None
         if was and was!=_source(ds, id): raise DataError(table, f'is the result of {was}, not of {_source(ds, id)}', 'Choose another folder, or pass overwrite=True (--overwrite)')
 
-def _write_table(path, names, scores):
-    "CSV, a row a photo, a column a class"
-    with atomic_path(path) as p, open(p, 'w', newline='', encoding='utf-8') as f:
+def _write_table(out, names, ids):
+    "`scores.csv`, a row a photo, a column a class -> {id: {class: score}}"
+    scores = {i: read_json(out/'scores'/f'{i}.json')['scores'] for i in ids}
+    with atomic_path(out/'scores.csv') as p, open(p, 'w', newline='', encoding='utf-8') as f:
         w = csv.writer(f); w.writerow(['photo', *names]); w.writerows([i, *(f'{s[n]:.4f}' for n in names)] for i,s in scores.items())
+    return scores
