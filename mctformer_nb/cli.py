@@ -111,15 +111,15 @@ def _prepare_voc(a):
     print(f'trainaug has {r["images"]} images; masks written now: {r["voc"]} of VOC, {r["sbd"]} of SBD')
     _next('mct_train', data=f'voc:{a.path}', split='trainaug', out='runs/v2')
 
-# %% ../nbs/60_cli.ipynb #60ad1947
+# %% ../nbs/60_cli.ipynb #4d5e36fb
 def _train_args(p):
     "Options of `mct_train`"
     def num(name, kind, low, help, **kw): p.add_argument(name, type=_number(kind, low), help=help, **kw)
     _data_args(p)
     p.add_argument('--valid-split', help='part of the data for loss and mAP after each epoch (default: none)')
-    p.add_argument('--variant', choices=['v1', 'v2'], default='v2', help='class tokens only, or with patch head (default: v2)')
+    p.add_argument('--variant', choices=['v1', 'v2', 'vit', 'tscam', 'cam'], default='v2', help='class tokens only, or with patch head; or a baseline: plain ViT, TS-CAM, CAM on a CNN (default: v2)')
     p.add_argument('--out', required=True, metavar='RUN', help='run folder: model, config, history')
-    p.add_argument('--backbone', default='deit_small_patch16_224', help='name of a plain timm ViT (default: deit_small_patch16_224)')
+    p.add_argument('--backbone', help='name of a plain timm ViT, for cam of a CNN (default: deit_small_patch16_224, for cam resnet50)')
     p.add_argument('--pretrained', nargs='?', const=True, default=None, metavar='FILE', help="weights of the backbone: a file (for a hybrid: of the whole model or of its CNN), or timm's hub when no file is given (default: hub)")
     p.add_argument('--no-pretrained', dest='pretrained', action='store_false', help='start from random weights')
     p.add_argument('--score', choices=['avg', 'max', 'fc'], default='avg', help='class score of Table 7 (default: avg)')
@@ -153,7 +153,7 @@ def _factors(pairs):
     try: return {name: float(x) for name,x in (p.rsplit('=', 1) for p in pairs)} or None
     except ValueError: raise DataError(f"--lr-mult {' '.join(pairs)}: not pairs NAME=NUMBER. Write for example head=10 patch_embed=0.")
 
-# %% ../nbs/60_cli.ipynb #1eeec6a5
+# %% ../nbs/60_cli.ipynb #cb133f4b
 def mct_train(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
@@ -168,6 +168,8 @@ def _train(a):
     device = _check_device(a.device)
     from mctformer_nb.datasets import get_dataset
     from mctformer_nb.train import train_classifier
+    import mctformer_nb.baselines                         # adds its variants
+    a.backbone = a.backbone or ('resnet50' if a.variant=='cam' else 'deit_small_patch16_224')
     ds, valid = get_dataset(a.data, a.split), a.valid_split and get_dataset(a.data, a.valid_split)
     same = 'variant backbone score epochs batch_size image_size lr min_lr warmup_epochs per_step weight_decay drop_path aug valid_aug amp seed workers cache fresh'
     train_classifier(ds, valid or None, a.out, pretrained=a.pretrained is None or a.pretrained, device=device, on_bad='skip' if a.skip_bad else 'raise',
@@ -185,7 +187,7 @@ def _check_classes(config, ds, run):
     else: what = 'classes differ: ' + ', '.join(f'{i} is {o} in the model, {n} in the data' for i,(o,n) in enumerate(zip(old, new)) if o != n)[:200]
     raise DataError(run, what, 'Use the data that the model was trained for')
 
-# %% ../nbs/60_cli.ipynb #741a04e9
+# %% ../nbs/60_cli.ipynb #cfd630f4
 def mct_seeds(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
@@ -195,7 +197,7 @@ def mct_seeds(
     _data_args(p)
     p.add_argument('--run', required=True, metavar='RUN', help='run folder of mct_train or mct_convert')
     p.add_argument('--out', required=True, metavar='DIR', help='folder of seed files; several splits may share it (--split train,val)')
-    p.add_argument('--kind', choices=['attn', 'patchcam', 'fused'], help='which map (default: fused for V2, attn for V1)')
+    p.add_argument('--kind', choices=['attn', 'patchcam', 'fused', 'tscam', 'tscam*', 'cam'], help='which map (default: fused for V2, attn for V1 and vit, tscam and cam for those)')
     p.add_argument('--layers', type=_layers, default=3, metavar='K', help='last layers to fuse, a number or all (default: 3)')
     p.add_argument('--no-refine', action='store_true', help='leave out the patch affinity')
     p.add_argument('--rule', choices=['reference', 'paper', 'plus'], default='reference', help='reading of the formulas (default: reference)')

@@ -204,13 +204,13 @@ def data_fingerprint(
     digest = hashlib.sha1('\n'.join(map(str, ds.ids)).encode() + np.asarray(ds.targets(), np.uint8).tobytes()).hexdigest()[:12]
     return f'{ds.name} {ds.split}: {len(ds)} images, {len(ds.classes)} classes, {digest}'
 
-# %% ../nbs/09_learner.ipynb #02f17938
+# %% ../nbs/09_learner.ipynb #fbc8b5a3
 def open_run(
-    out:str|Path, # run folder, made if it is not there
+    out:str|Path, # run folder
     settings:dict, # plain values, all that decides the result
     fresh:bool=False, # throw away the run that is there
 ) -> dict: # epoch, history, best; of a run that is under way also model, opt, scaler
-    "State of the run in a folder. Raises `DataError` if it is another run's"
+    "State of the run in a folder; nothing is written. Raises `DataError` if it is another run's"
     out, file, settings = Path(out), Path(out)/'resume.pt', json.loads(json.dumps(settings))
     if fresh:
         for f in ('resume.pt', 'history.csv', 'model.safetensors', 'config.json', 'figures/loss.png'): (out/f).unlink(missing_ok=True)
@@ -219,14 +219,17 @@ def open_run(
     new = 'Use another --out, or --fresh to throw the old run away.'
     if not file.is_file():
         if (out/'model.safetensors').exists(): raise DataError(f'{out}: holds a model that this command did not train. {new}')
-        with atomic_path(file) as p: torch.save(dict(epoch=0, history=[], best=-1., settings=json.dumps(settings)), p)
+        return dict(epoch=0, history=[], best=-1.)
     try: state = torch.load(file, map_location='cpu', weights_only=True); old = json.loads(state.pop('settings'))
     except Exception as e: raise DataError(f'{file}: cannot be read ({type(e).__name__}). {new}') from e
     wrong = [f'{k} was {old.get(k)!r}, now {settings.get(k)!r}' for k in {**old, **settings} if old.get(k)!=settings.get(k)]
     if wrong: raise DataError(f"{out}: was trained with other settings ({'; '.join(wrong)}). {new}")
     return state
 
-# %% ../nbs/09_learner.ipynb #0d28b050
+def _save_state(out, state, settings, **weights):
+    with atomic_path(Path(out)/'resume.pt') as p: torch.save(dict(state, settings=json.dumps(settings), **weights), p)
+
+# %% ../nbs/09_learner.ipynb #15291f48
 class _RunFolder(Callback):
     "After each epoch: history, model, best model and the state to resume from, in the run folder `out`"
     order = 90
@@ -249,8 +252,7 @@ class _RunFolder(Callback):
         self.keep(self.model, self.out, **config)
         if self.metric and row[self.metric] > self.state['best']: self.keep(self.model, self.out/'best', **config); self.state['best'] = row[self.metric]
         weights = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), scaler=self.learn.scaler.state_dict() if hasattr(self.learn, 'scaler') else {})
-        with atomic_path(self.out/'resume.pt') as p: # a finished run needs no weights to resume from
-            torch.save(dict(self.state, settings=json.dumps(self.settings)) | ({} if row['epoch']==self.n_epoch else weights), p)
+        _save_state(self.out, self.state, self.settings, **({} if row['epoch']==self.n_epoch else weights))     # a finished run needs none
 
 # %% ../nbs/09_learner.ipynb #0e8b7365
 def _validation(learn):
@@ -277,7 +279,7 @@ def _finish(out, prior):
         with atomic_path(file) as p: plot_history(out, prior).savefig(p)
     return out
 
-# %% ../nbs/09_learner.ipynb #a4a40123
+# %% ../nbs/09_learner.ipynb #fac89c27
 def fit_run(
     out:str|Path, # run folder
     epochs:int, # passes over the data
@@ -296,6 +298,7 @@ def fit_run(
     if state['epoch']>=epochs: log(f"{out}: finished after {state['epoch']} epochs, nothing to do. Use --fresh to train again."); return _finish(out, prior)
     set_seed(seed_of(seed)); learn = make('model' not in state)
     saver = _RunFolder(out, settings | dict(epochs=epochs, seed=seed), config or {}, state, save, best, log)
+    if 'model' not in state: _save_state(out, state, settings | dict(epochs=epochs, seed=seed))   # only now: a start that fails leaves no run behind
     learn.add_cbs([_Seeds(seed), KeepFrozen(), _Bar(), saver])
     try: _start(learn, state).fit(epochs, start_epoch=state['epoch'])
     except KeyboardInterrupt:
