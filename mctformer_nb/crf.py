@@ -20,9 +20,11 @@ from PIL import Image
 from .core import DataError, atomic_path, overlay, progress, read_json, save_mask, write_json
 from .scores import _read_seed
 
-# %% ../nbs/24_crf.ipynb #52c0c206
+# %% ../nbs/24_crf.ipynb #88dcc0b1
 LABEL_CRF = dict(iterations=10, gaussian=(3, 3), bilateral=(80, 13, 10)) # PSA: (sxy, compat), (sxy, srgb, compat)
-SEG_CRF   = dict(iterations=10, gaussian=(4, 3), bilateral=(83, 5, 3))   # DeepLab, after the segmentation network
+
+# %% ../nbs/24_crf.ipynb #6d093f39
+SEG_CRF = dict(iterations=10, gaussian=(4, 3), bilateral=(83, 5, 3)) # DeepLab, after the segmentation network
 
 # %% ../nbs/24_crf.ipynb #ee05de49
 def _pydensecrf():
@@ -63,9 +65,13 @@ def dense_crf(
     out[rows] = np.reshape(d.inference(iterations), (len(rows), H, W))                     # (k,H*W) -> (k,H,W)
     return out
 
-# %% ../nbs/24_crf.ipynb #f3c9c4d3
+# %% ../nbs/24_crf.ipynb #49680961
 REFERENCE_ALPHAS = 1, 12  # low and high of the MCTformer reference
-PSA_ALPHAS       = 4, 32  # of PSA's code
+
+# %% ../nbs/24_crf.ipynb #60d6f5e9
+PSA_ALPHAS = 4, 32  # of PSA's code
+
+# %% ../nbs/24_crf.ipynb #29b9e8ba
 PSA_PAPER_ALPHAS = 4, 24  # of PSA's text
 
 # %% ../nbs/24_crf.ipynb #06f224cc
@@ -160,10 +166,10 @@ def _start(parent):
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/24_crf.ipynb #f813cfba
+# %% ../nbs/24_crf.ipynb #33fe5865
 def run_pool(
     job:callable, # of one item; what it raises is raised here
-    items, # iterable, read in this process a few items ahead
+    items:object, # iterable, read in this process a few items ahead
     workers:int=None, # processes, default one a core; 1: work in this process
 ): # generator of results, in the order of the items
     "`job(item)` of all items, on several cores"

@@ -186,7 +186,7 @@ def _check_views(scales, window, image_size):
     if image_size is not None and image_size<1: raise DataError('image size', f'{image_size} is not possible', 'Give the shorter side in pixels')
     return scales
 
-# %% ../nbs/42_segment.ipynb #3a5ad2eb
+# %% ../nbs/42_segment.ipynb #965a25f2
 def segment_dataset(
     run:str|Path|tuple, # run folder of a segmentation network, or (network, class names)
     ds:Dataset|str|Path, # data set, or a folder of photos
@@ -198,7 +198,8 @@ def segment_dataset(
     image_size:int=None, # shorter side at scale 1; default as in training
     overlays:bool=False, # also `overlays/<id>.jpg`
     device:str=None, # default cuda where there is one, else cpu
-    workers:int=None, overwrite:bool=False, # processes for the CRF, default one a core; write masks anew that exist
+    workers:int=None, # processes for the CRF, default one a core
+    overwrite:bool=False, # write masks anew that exist
 )->AttrDict: # folder; written, skipped: counts; bad: [(id, problem)]; classes; seconds
     "Write a mask for every photo. Existing ones are skipped, unreadable photos listed; `DataError` for what cannot work at all"
     start, out, scales = time.time(), Path(out), _check_views(scales, window, image_size)
@@ -304,26 +305,34 @@ def _mct_view(model, names, how, image):
     rows = np.concatenate([np.full((1, *rows.shape[1:]), how['background'], np.float32), rows])        # (k+1,H,W)
     return np.append(0, classes+1), rows, dict(zip(names, map(float, p)))
 
-# %% ../nbs/42_segment.ipynb #16492967
+# %% ../nbs/42_segment.ipynb #89fef12f
 def predict_photos(
     run:str|Path|tuple, # run folder of a segmentation network or of an MCTformer, or (model, class names)
     photos:str|Path|list, # files, a file, or a folder
     out:str|Path, # folder: masks `<id>.png`, `overlays/<id>.jpg`, `scores.csv`
     crf:dict|None=SEG_CRF, # parameters of `dense_crf`; None: no CRF
-    scales:tuple=SCALES, flip:bool=False, window:int=None, # segmentation network: as in `segment_dataset`
+    scales:tuple=SCALES, # segmentation network: sizes of the views
+    flip:bool=False, # segmentation network: mirror images too
+    window:int=None, # segmentation network: side of windows for larger views, pixels
     image_size:int=None, # shorter side at scale 1 in pixels; default: of the run for a segmentation network, the photo's own for an MCTformer
     longest:int|None=1024, # longer side to which larger photos are reduced; None: never
     label_threshold:float=.5, # MCTformer: probability from which a class counts
     background:float=.4, # MCTformer: score of the background, see the sweep of notebook 23
     maps:dict=None, # MCTformer: kind, layers, refine, rule of `localize`
-    device:str=None, workers:int=None, overwrite:bool=False, # as in `segment_dataset`
+    device:str=None, # default cuda where there is one, else cpu
+    workers:int=None, # processes for the CRF, default one a core
+    overwrite:bool=False, # write masks anew that exist
 )->AttrDict: # folder; written, skipped; bad: [(id, problem)]; classes; scores: {id: {class: score}}; seconds
     "Mask, overlay and class scores of any photos. Unreadable ones are listed; `DataError` for what cannot work at all"
-    start, out, scales = time.time(), Path(out), _check_views(scales, window, image_size)
-    net, names, cfg = _open(run, device); ds = photo_dataset(photos, names)
+    views = dict(scales=_check_views(scales, window, image_size), flip=bool(flip), window=window)
+    return _predict(run, photos, Path(out), crf, views, image_size, longest, (label_threshold, background, maps), device, workers, overwrite)
+
+# %% ../nbs/42_segment.ipynb #df3ce143
+def _predict(run, photos, out, crf, views, image_size, longest, mct, device, workers, overwrite):
+    start = time.time(); net, names, cfg = _open(run, device); ds = photo_dataset(photos, names)
     if crf: _pydensecrf()
-    if cfg.kind=='deeplab': view, how = _deeplab_view, dict(scales=scales, flip=bool(flip), window=window, image_size=image_size or cfg.image_size)
-    else: view, how = _mct_view, _mct_settings(net, cfg, image_size, label_threshold, background, maps)
+    if cfg.kind=='deeplab': view, how = _deeplab_view, dict(views, image_size=image_size or cfg.image_size)
+    else: view, how = _mct_view, _mct_settings(net, cfg, image_size, *mct)
     claim_folder(out, '_predict.json', _plain_settings(net, names, crf, longest=longest, **how), ds.ids, '.png', overwrite)
     if not overwrite: _check_sources(ds, out)
     with evaluating(net): r = _run(partial(view, net, names, how), ds, out, crf, longest, True, True, workers)
