@@ -175,7 +175,7 @@ def _read_labels(file, size, n):
     if low.shape[1:]!=size[::-1]: raise DataError(file, f'labels for a photo of {low.shape[2]} x {low.shape[1]} pixels, this one has {size[0]} x {size[1]}', 'Write the labels of this photo again')
     return classes, low, high
 
-# %% ../nbs/30_affinitynet.ipynb #ae314596
+# %% ../nbs/30_affinitynet.ipynb #97ce736c
 def _window(n, crop, middle):
     "Where a window of `crop` pixels starts on a side of `n`; negative if the window is larger"
     low, high = sorted((0, n-crop))
@@ -186,7 +186,15 @@ def _cut(a, x, y, crop):
     H,W = a.shape[-2:]; x0,y0,x1,y1 = max(x, 0), max(y, 0), min(x+crop, W), min(y+crop, H)
     return F.pad(a[..., y0:y1, x0:x1], (x0-x, x+crop-x1, y0-y, y+crop-y1))
 
-# %% ../nbs/30_affinitynet.ipynb #116ebbc9
+def _sample(im, classes, probs, crop, stride, colours=None):
+    "A window of a photo and its labels: random, with changed `colours` and maybe mirrored; the middle without `colours`"
+    left, top = (_window(n, crop, colours is None) for n in im.size)
+    x = to_input(colours(im) if colours else im, 1)[0]                   # (3,H,W)
+    x, (low,high) = _cut(x, left, top, crop), (_cut(torch.from_numpy(p), left, top, crop) for p in probs)
+    y = torch.from_numpy(affinity_labels(low, high, classes, stride))    # (crop/stride,crop/stride)
+    return (x.flip(-1), y.flip(-1)) if colours and np.random.rand()<.5 else (x, y)
+
+# %% ../nbs/30_affinitynet.ipynb #14546ed7
 class AffinityCrops(torch.utils.data.Dataset):
     "Samples (x (3,crop,crop), labels uint8 (crop/stride,crop/stride)) of photos and their label files"
     def __init__(self,
@@ -204,18 +212,13 @@ class AffinityCrops(torch.utils.data.Dataset):
         self.colours = ColorJitter(jitter, jitter, jitter, jitter/3)
     def __len__(self): return len(self.files)
     def __getitem__(self, key):
-        (i, epoch), crop = key if isinstance(key, tuple) else (key, 0), self.crop
+        i, epoch = key if isinstance(key, tuple) else (key, 0)
         id, file = self.files[i]
         try: im = self.ds.image(id); classes,*probs = _read_labels(file, im.size, len(self.ds.classes))
         except DataError as e:
             if self.on_bad!='skip': raise
             print(f'left out: {e}', file=sys.stderr, flush=True); return None
-        with seeded(self.seed, epoch, i):
-            left, top = (_window(n, crop, not self.train) for n in im.size)
-            x = to_input(self.colours(im) if self.train else im, 1)[0]                               # (3,H,W)
-            x, (low,high) = _cut(x, left, top, crop), (_cut(torch.from_numpy(p), left, top, crop) for p in probs)
-            y = torch.from_numpy(affinity_labels(low, high, classes, self.stride))                   # (crop/stride,crop/stride)
-            return (x.flip(-1), y.flip(-1)) if self.train and np.random.rand()<.5 else (x, y)
+        with seeded(self.seed, epoch, i): return _sample(im, classes, probs, self.crop, self.stride, self.colours if self.train else None)
 
 # %% ../nbs/30_affinitynet.ipynb #5c9a541e
 def affinity_loaders(

@@ -51,7 +51,7 @@ class _ViT(nn.Module):
         t, out = self.mct.norm_pre(t), []
         for i,block in enumerate(self.mct.blocks):
             t = block(t)
-            if i in self.taps: out.append(F.layer_norm(t[:, self.mct.num_classes:], t.shape[-1:]).transpose(1, 2).unflatten(2, (h,w)))  # (B,M,D) -> (B,D,h,w)
+            if i in self.taps: out.append(F.layer_norm(t[:, self.mct.cls_token.shape[1]:], t.shape[-1:]).transpose(1, 2).unflatten(2, (h,w)))  # (B,M,D) -> (B,D,h,w)
         return out
 
 # %% ../nbs/29_backbones.ipynb #e6f33f0f
