@@ -127,16 +127,20 @@ def mct_masks(
     p.add_argument('--alpha', type=_number(float, 0, above=True), help='background (1-max)^ALPHA instead, as PSA')
     p.add_argument('--beta', type=_number(float, 0, above=True), default=8, help='power of the affinities (reference and default: 8)')
     p.add_argument('--steps', type=_number(int, 0), default=64, help='of the walk (reference and default: 64; PSA: 256)')
+    p.add_argument('--stride', type=_number(int, 1), help="pixels a cell (default: the network's own, 8); less enlarges the photo for it, for small photos")
+    p.add_argument('--crf', action='store_true', help='dense CRF on the walked scores, as in the paper of PSA (the reference has none)')
     _stage_args(p, workers='threads (default: 4)')
     return _run(p, argv, _masks)
 
+# %% ../nbs/61_cli_masks.ipynb #a1c5e0d2
 def _masks(a):
     from mctformer_nb.affinitynet import load_affinity
+    from mctformer_nb.crf import LABEL_CRF
     from mctformer_nb.datasets import get_dataset
     from mctformer_nb.random_walk import make_masks
     try: background = float(a.background)
     except ValueError: background = a.background
-    r = make_masks(a.seeds, load_affinity(a.affinity)[0], get_dataset(a.data, a.split), a.out, background=background, alpha=a.alpha, beta=a.beta, steps=a.steps,
+    r = make_masks(a.seeds, load_affinity(a.affinity)[0], get_dataset(a.data, a.split), a.out, background=background, alpha=a.alpha, beta=a.beta, steps=a.steps, stride=a.stride, crf=LABEL_CRF if a.crf else None,
                    device=_check_device(a.device), overwrite=a.overwrite, workers=a.workers or 4)
     return _report(r, 'masks', a) or _next('mct_segment_train', masks=a.out, data=a.data, split=a.split, out=Path(a.out).parent/'deeplab')
 

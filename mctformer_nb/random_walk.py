@@ -14,6 +14,7 @@ import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import AttrDict
 from PIL import Image
 from .affinitynet import pair_offsets, predict_affinity
+from .crf import _pydensecrf, dense_crf
 from .core import DataError, progress, read_json, save_mask, write_json
 from .seeds import _ahead, _fingerprint, _say, _sweep, load_seed
 
@@ -109,6 +110,8 @@ def walked_mask(
     beta:float=8, # power of the affinities (reference)
     steps:int=64, # steps of the walk (MCTformer: 2^6)
     stride:int=8, # pixels a cell
+    image:np.ndarray=None, # uint8 (H,W,3), needed for `crf`
+    crf:dict=None, # parameters of `dense_crf` on the walked scores; None (reference): no CRF
 )->np.ndarray: # uint8 (H,W): 0 background, class index + 1
     "Pseudo mask of one photo from its seed; all background where there is no class"
     H,W = np.shape(maps)[1:]
@@ -116,8 +119,9 @@ def walked_mask(
     a = _tensor(affinity); grid = (-(-H//stride), -(-W//stride))
     if a.ndim!=3 or a.shape[1:]!=grid: raise DataError('affinity', f'is {tuple(a.shape)}, a photo of {W} x {H} pixels has {grid} cells', f'Use a network of stride {stride}')
     m = random_walk(_pooled(maps, background, alpha, stride).to(a.device), a, beta, steps)                # (k+1,h,w)
-    m = F.interpolate(m[None], scale_factor=stride, mode='bilinear', align_corners=False)[0, :, :H, :W]   # -> (k+1,H,W)
-    return np.append(0, np.asarray(classes)+1).astype(np.uint8)[m.argmax(0).cpu().numpy()]
+    m = F.interpolate(m[None], scale_factor=stride, mode='bilinear', align_corners=False)[0, :, :H, :W].cpu().numpy()   # -> (k+1,H,W)
+    if crf is not None: m = dense_crf(image, m/m.sum(0).clip(1e-6), **crf)                                # scores of a pixel as probabilities
+    return np.append(0, np.asarray(classes)+1).astype(np.uint8)[m.argmax(0)]
 
 # %% ../nbs/31_random_walk.ipynb #70a1dd85
 def _done(path):
@@ -141,7 +145,7 @@ def _claim(folder, settings, ids, overwrite):
     write_json(note, settings)
 
 # %% ../nbs/31_random_walk.ipynb #ee2df0ab
-def _settings(seeds, net, ds, background, alpha, beta, steps, stride):
+def _settings(seeds, net, ds, background, alpha, beta, steps, stride, crf):
     "Everything that decides what is in the files, checked -> dict"
     def need(ok, where, problem, fix):
         if not ok: raise DataError(where, problem, fix)
@@ -155,8 +159,9 @@ def _settings(seeds, net, ds, background, alpha, beta, steps, stride):
     of = note.get('classes') if isinstance(note, dict) else None
     need(of in (None, list(ds.classes)), seeds, f'its seeds are of {len(of or ())} other classes than {ds.name}', 'Use the data that the seeds were made from')
     bg = background_score(background) if alpha is None else None
+    if crf is not None: _pydensecrf(); crf = {k: np.asarray(v).tolist() for k,v in crf.items()}
     name = _fingerprint(net) if isinstance(net, torch.nn.Module) else getattr(net, '__name__', type(net).__name__)
-    return dict(background=bg, alpha=alpha, beta=beta, steps=int(steps), stride=stride, classes=list(ds.classes), affinity=name, seeds=note)
+    return dict(background=bg, alpha=alpha, beta=beta, steps=int(steps), stride=stride, crf=crf, classes=list(ds.classes), affinity=name, seeds=note)
 
 # %% ../nbs/31_random_walk.ipynb #380957c1
 def _load(ds, id, seeds):
@@ -176,7 +181,7 @@ def _try(f, *args, bad=(DataError, torch.OutOfMemoryError)):
 def _run(ds, ids, seeds, out, affinity_of, how, workers):
     "Masks of `ids` -> counts and [(id, problem)]"
     r, jobs = AttrDict(written=0, empty=0, bad=[]), deque()
-    def write(id, classes, maps, a): save_mask(out/f'{id}.png', walked_mask(classes, maps, a, **how)); return len(classes)
+    def write(id, im, classes, maps, a): save_mask(out/f'{id}.png', walked_mask(classes, maps, a, image=np.asarray(im), **how)); return len(classes)
     def collect(most):
         while len(jobs) > most:
             id, job = jobs.popleft(); k = _try(job.result)
@@ -187,7 +192,7 @@ def _run(ds, ids, seeds, out, affinity_of, how, workers):
         for id,got in zip(ids, progress(loaded, 'masks', len(ids))):
             a = got if isinstance(got, Exception) else _try(affinity_of, got[0]) if len(got[1]) else None
             if isinstance(a, Exception): r.bad.append((id, _say(a))); continue
-            jobs.append((id, pool.submit(write, id, *got[1:], a))); collect(workers)
+            jobs.append((id, pool.submit(write, id, *got, a))); collect(workers)
         collect(0)
     r.bad = sorted(r.bad)
     return r
@@ -211,17 +216,17 @@ def make_masks(
     beta:float=8, # power of the affinities (reference)
     steps:int=64, # steps of the walk (MCTformer: 2^6, PSA: 2^8)
     stride:int=None, # pixels of the photo a cell, default the network's own (8); for less, the photo is enlarged for it
+    crf:dict=None, # parameters of `dense_crf` on the walked scores, e.g. `LABEL_CRF`; None (reference): no CRF
     device:str=None, # default cuda where there is one, else cpu
     overwrite:bool=False, # write masks anew that exist
     workers:int=4, # threads that read, walk and write
 )->AttrDict: # folder; written, skipped, empty (photos without a class): counts; bad: [(id, problem)]; seconds
     "Write one palette PNG a photo. Existing ones are skipped, unusable photos and seeds listed; `DataError` for what cannot work at all"
-    start, seeds, out = time.time(), Path(seeds_folder), Path(out)
-    stride = stride or getattr(net, 'stride', 8)
-    settings = _settings(seeds, net, ds, background, alpha, beta, steps, stride)
+    start, seeds, out, stride = time.time(), Path(seeds_folder), Path(out), stride or getattr(net, 'stride', 8)
+    settings = _settings(seeds, net, ds, background, alpha, beta, steps, stride, crf)
     _claim(out, settings, ds.ids, overwrite)
     ids = [id for id in ds.ids if not _done(out/f'{id}.png')]
-    how = {k: settings[k] for k in ('background', 'alpha', 'beta', 'steps', 'stride')}
+    how = {k: settings[k] for k in ('background', 'alpha', 'beta', 'steps', 'stride', 'crf')}
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     report = _run(ds, ids, seeds, out, _affinities(net, stride, device), how, workers)
     _sweep(out)
