@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Dataset', 'mini_dataset', 'voc_dataset', 'prepare_voc', 'coco_dataset', 'folder_dataset', 'get_dataset']
 
-# %% ../nbs/02_datasets.ipynb #71d75fda
-import csv, difflib, io, os, re, shutil
-from contextlib import redirect_stdout
+# %% ../nbs/02_datasets.ipynb #a90007df
+import csv, difflib, io, math, os, re, shutil, unicodedata
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
@@ -19,7 +19,7 @@ from PIL import Image
 from .core import VOC_CLASSES, DataError, atomic_path, image_size, legend, open_image, open_mask, overlay, progress, read_json, save_mask
 from .mini import draw_scene, mini_classes
 
-# %% ../nbs/02_datasets.ipynb #2a4c954f
+# %% ../nbs/02_datasets.ipynb #869d1502
 @dataclass
 class Dataset:
     "Images by id, with labels and perhaps masks. Positions and ids are both accepted wherever an image is named."
@@ -33,6 +33,7 @@ class Dataset:
     get_mask:Callable=None # (id, expected (H,W) or None) -> uint8 mask or None
     has_masks:bool=False # is there a mask at all?
     dropped:int=0 # images without any label that were left out of `ids`
+    bad:list = field(default_factory=list) # [(id or name, problem)]: what could not be used and was left out of `ids`
     _known:dict = field(default_factory=dict, repr=False, compare=False) # labels that were read before, by id
 
     def __post_init__(self): self._all = set(self.ids)
@@ -92,13 +93,33 @@ def unlabelled(self:Dataset
     "How many images carry no label, those left out included"
     return self.dropped + int((self.targets().sum(1)==0).sum())
 
-# %% ../nbs/02_datasets.ipynb #b84d22dc
+# %% ../nbs/02_datasets.ipynb #0d2d10ea
 @patch
 def subset(self:Dataset,
     ids:list, # ids or positions, in the wanted order
 )->Dataset: # the same data set with fewer images
     "Only these images"
-    return replace(self, ids=[self.id_of(i) for i in ids], dropped=0)
+    return replace(self, ids=[self.id_of(i) for i in ids], dropped=0, bad=[])
+
+# %% ../nbs/02_datasets.ipynb #1bd0be7d
+@contextmanager
+def _noted(bad, id):
+    "A `DataError` inside goes to the list `bad` under `id`; without a list it is raised"
+    try: yield
+    except DataError as e:
+        if bad is None: raise
+        bad.append((id, str(e)))
+
+# %% ../nbs/02_datasets.ipynb #1e2186e4
+@patch
+def readable(self:Dataset
+)->Dataset: # the same data set, perhaps with fewer images
+    "Without the images whose labels cannot be read; those are named in `bad`"
+    bad = []
+    for id in self.ids:
+        with _noted(bad, id): self.labels(id)
+    lost = dict(bad)
+    return replace(self, ids=[id for id in self.ids if id not in lost], bad=[*self.bad, *bad])
 
 # %% ../nbs/02_datasets.ipynb #9ddc72a0
 @patch
@@ -141,7 +162,7 @@ def mini_dataset(
     fs = [partial(f, (size, split, seed)) for f in (_scene_image, _scene_size, _scene_labels, _scene_mask)]
     return Dataset('mini', mini_classes(), [f'{split}_{i:05d}' for i in range(n)], split, *fs, has_masks=True)
 
-# %% ../nbs/02_datasets.ipynb #f4fa5853
+# %% ../nbs/02_datasets.ipynb #e8f3e899
 def _text(path):
     "Text of a file, or a `DataError`"
     try: text = Path(path).read_bytes().decode('utf-8-sig')
@@ -158,7 +179,8 @@ def _lines(path):
 def _safe(id, where):
     "`id` if it stays below its folder, else a `DataError` that names the place `where` it was found"
     p = PurePosixPath(id)
-    if p.name.strip() and not (p.is_absolute() or '..' in p.parts or '\\' in id or '\0' in id): return id
+    if any(unicodedata.category(c) in ('Cc', 'Cs') for c in id): raise DataError(where, f'the name {id!r} holds control characters, or is not UTF-8', 'Rename the file')
+    if p.name.strip() and not (p.is_absolute() or '..' in p.parts or '\\' in id): return id
     raise DataError(where, f'the name {id!r} leaves the data folder', "Use plain names, without '..', a leading '/' or a backslash")
 
 # %% ../nbs/02_datasets.ipynb #dba95f63
@@ -191,7 +213,7 @@ def _voc_labels(folder, classes, source, id):
     if not path.is_file(): raise DataError(path, f'there is no such file, so {id} has no labels', 'Copy Annotations from the devkit, or take the id off the list')
     return [_index(n, classes, path, source) for n in _voc_names(path)]
 
-# %% ../nbs/02_datasets.ipynb #e6df070e
+# %% ../nbs/02_datasets.ipynb #5c353c58
 def _voc_root(path):
     "The folder VOC2012, given it or one of the folders around it"
     path = Path(path).expanduser()
@@ -200,22 +222,29 @@ def _voc_root(path):
     problem = 'is not a VOC devkit (no ImageSets/Segmentation in it)' if path.is_dir() else 'there is no such folder'
     raise DataError(path, problem, 'Give the folder VOC2012 of the devkit; mct_prepare_voc PATH --download fetches it')
 
-def _voc_list(root, split):
+def _voc_list(root, split, bad=None):
     "Ids of one list of the devkit"
     file = root/'ImageSets'/'Segmentation'/f'{_safe(split, root)}.txt'
     if not file.is_file():
         have = dict.fromkeys([*sorted(p.stem for p in file.parent.glob('*.txt')), 'trainaug'])
         raise DataError(file, 'there is no such split', f'Use one of: {", ".join(have)}')
-    names = [_safe(l.split()[0].lstrip('/'), f'{file}, line {i}') for i,l in _lines(file)]
+    names = []
+    for i,l in _lines(file):
+        with _noted(bad, l): names.append(_safe(l.split()[0].lstrip('/'), f'{file}, line {i}'))
     return list(dict.fromkeys(PurePosixPath(n).stem if n.endswith(('.jpg','.png')) else n for n in names))
 
-def _voc_ids(root, split):
-    if split!='trainaug': return _voc_list(root, split)
+def _voc_ids(root, split, bad=None):
+    if split!='trainaug': return _voc_list(root, split, bad)
     aug = root/'SegmentationClassAug'
     if not aug.is_dir(): raise DataError(aug, 'there is no such folder, so the images of trainaug are not known', f'Build it from VOC and SBD with the command: mct_prepare_voc {root}')
     return sorted({p.stem for p in aug.glob('*.png')} - set(_voc_list(root, 'val')))
 
-# %% ../nbs/02_datasets.ipynb #47d1fcc4
+# %% ../nbs/02_datasets.ipynb #1892a93a
+def _notes(on_bad):
+    "The list for `_noted` that an option asks for"
+    if on_bad not in ('raise','skip'): raise DataError('on_bad', f'{on_bad!r} is unknown', "Choose 'raise' or 'skip'")
+    return [] if on_bad=='skip' else None
+
 def _photo(paths, id): return open_image(paths[id])
 def _photo_size(paths, id): return image_size(paths[id])
 
@@ -227,20 +256,21 @@ def _file_mask(folder, n, id, size):
     if ((m>n) & (m<255)).any(): raise DataError(path, f'holds mask value {m[m<255].max()}, but there are {n} classes', 'Use 0 for background, 1 to the number of classes, 255 for ignored')
     return m
 
-# %% ../nbs/02_datasets.ipynb #f12cc4e3
+# %% ../nbs/02_datasets.ipynb #bf96d874
 def voc_dataset(
     path:str|Path, # folder VOC2012, or one around it
     split:str='train', # 'train' | 'val' | 'trainval' | 'trainaug', or any list in ImageSets/Segmentation
+    on_bad:str='raise', # a line of the list that cannot be used: 'raise', or 'skip' it and note it in `bad`
 )->Dataset: # classes: the devkit's 20, or the lines of PATH/classes.txt
     "PASCAL VOC 2012 with image-level labels from its annotations; `DataError` for what is missing"
-    root = _voc_root(path); names = root/'classes.txt'
+    root, bad = _voc_root(path), _notes(on_bad); names = root/'classes.txt'
     classes,source = (_class_names(names),names) if names.is_file() else (list(VOC_CLASSES),'the 20 classes of VOC')
-    ids = _voc_ids(root, split)
+    ids = _voc_ids(root, split, bad)
     paths = {id: root/'JPEGImages'/f'{id}.jpg' for id in ids}
     plain,aug = root/'SegmentationClass', root/'SegmentationClassAug'
     masks = aug if split=='trainaug' or not plain.is_dir() else plain
     fs = partial(_photo, paths), partial(_photo_size, paths), partial(_voc_labels, root/'Annotations', classes, source), partial(_file_mask, masks, len(classes))
-    return Dataset('voc', classes, ids, split, *fs, has_masks=any((masks/f'{id}.png').is_file() for id in ids))
+    return Dataset('voc', classes, ids, split, *fs, has_masks=any((masks/f'{id}.png').is_file() for id in ids), bad=bad or [])
 
 # %% ../nbs/02_datasets.ipynb #6be51768
 def _sbd_mask(path, n):
@@ -316,75 +346,113 @@ def _finish_aug(root, work, final, expected):
     with atomic_path(root/'ImageSets'/'Segmentation'/'trainaug.txt') as p: p.write_text('\n'.join(ids)+'\n')
     return len(ids)
 
-# %% ../nbs/02_datasets.ipynb #a24972e6
-def _coco(file):
-    "The instances file, indexed by pycocotools"
+# %% ../nbs/02_datasets.ipynb #eb71ba6a
+_FIELDS = dict(images=dict(id=(int,str), file_name=str, width=int, height=int), annotations=dict(id=(int,str), image_id=(int,str), category_id=(int,str)),
+               categories=dict(id=(int,str), name=str))
+
+def _entries(js, part, file, bad):
+    "The entries of a part of the file that have what is used of them"
+    if not isinstance(js, dict) or not isinstance(js.get(part), list): raise DataError(file, f'has no list of {part}, so it is not an instances file of COCO', 'Use instances_train2014.json or instances_val2014.json')
+    good = []
+    for n,e in enumerate(js[part]):
+        wrong = [k for k,t in _FIELDS[part].items() if not isinstance(e, dict) or not isinstance(e.get(k), t)]
+        if not wrong: good.append(e); continue
+        with _noted(bad, f'{part} {n}'): raise DataError(file, f'entry {n} of {part} has no usable {wrong[0]}', 'Correct or delete it')
+    return sorted(good, key=lambda e: (isinstance(e['id'], str), e['id']))
+
+def _coco_images(entries, file, bad):
+    "{id of the data set: entry} of images with safe names and possible sizes"
+    images, seen = {}, set()
+    for i in entries:
+        with _noted(bad, i['file_name']):
+            id = PurePosixPath(_safe(i['file_name'], file)).with_suffix('').as_posix()
+            if id in images or i['id'] in seen: raise DataError(file, f'the image {i["file_name"]!r} (id {i["id"]}) is there twice', 'Delete one of them')
+            if not (i['width']>0 and i['height']>0 and i['width']*i['height']<=(Image.MAX_IMAGE_PIXELS or math.inf)): raise DataError(file, f'the image {i["file_name"]!r} has {i["width"]} x {i["height"]} pixels', 'Correct or delete it')
+            images[id] = i; seen.add(i['id'])
+    return images
+
+# %% ../nbs/02_datasets.ipynb #ae759b0e
+def _coco(file, bad=None):
+    "The instances file, indexed by pycocotools; {id: entry} of its images"
     try: from pycocotools.coco import COCO
     except ImportError: raise DataError(file, 'reading COCO needs pycocotools', 'Install it with: pip install pycocotools') from None
-    coco = COCO(); coco.dataset = read_json(file)
-    try:
-        if not coco.dataset['categories']: raise KeyError('categories')
-        with redirect_stdout(io.StringIO()): coco.createIndex()
-        _ = coco.dataset['annotations'], [(i['file_name'], i['width'], i['height']) for i in coco.dataset['images']]
-    except (KeyError,TypeError) as e: raise DataError(file, f'is not an instances file of COCO ({type(e).__name__}: {e})', 'Use instances_train2014.json or instances_val2014.json') from None
-    return coco
+    coco, js = COCO(), read_json(file)
+    coco.dataset = {part: _entries(js, part, file, bad) for part in ('images', 'annotations', 'categories')}
+    cats = coco.dataset['categories']
+    if not 0<len(cats)<255 or len({c['id'] for c in cats})<len(cats): raise DataError(file, f'lists {len(cats)} categories, or one of them twice', 'Use 1 to 254 categories with ids of their own')
+    images = _coco_images(coco.dataset['images'], file, bad); coco.dataset['images'] = list(images.values())
+    with redirect_stdout(io.StringIO()): coco.createIndex()
+    return coco, images
 
-def _coco_labels(coco, index, file):
+def _coco_labels(coco, index, file, bad=None):
     "{image id: set of class indices} of the whole file"
     found = {}
     for a in coco.dataset['annotations']:
-        if a['category_id'] not in index: raise DataError(file, f'annotation {a["id"]} has the unknown category {a["category_id"]}', 'Add the category to the file or delete the annotation')
-        found.setdefault(a['image_id'], set()).add(index[a['category_id']])
+        name = coco.imgs.get(a['image_id'], {}).get('file_name', a['image_id'])
+        if a['category_id'] in index: found.setdefault(a['image_id'], set()).add(index[a['category_id']]); continue
+        with _noted(bad, PurePosixPath(str(name)).with_suffix('').as_posix()): raise DataError(file, f'annotation {a["id"]} has the unknown category {a["category_id"]}', 'Add the category to the file or delete the annotation')
     return found
 
 def _of(table, id): return table[id]
 
-# %% ../nbs/02_datasets.ipynb #9b4aa64a
+# %% ../nbs/02_datasets.ipynb #40f13a3d
+def _check_outline(seg, w, h):
+    "`ValueError` for what pycocotools should not be given"
+    if isinstance(seg, list):
+        v = np.array([float(x) for part in seg for x in part])
+        if not len(v) or not np.isfinite(v).all() or np.abs(v).max()>2*max(w, h): raise ValueError('a corner is far outside of the photo')
+    elif list(seg['size'])!=[h, w]: raise ValueError(f'its size is {seg["size"]}')
+    elif isinstance(seg['counts'], list) and (min(seg['counts'])<0 or sum(seg['counts'])!=h*w): raise ValueError(f'its run lengths do not fill an image of {w} x {h}')
+
+def _largest_first(a): return not a.get('iscrowd'), -a['area'] if isinstance(a.get('area'), (int,float)) else 0
+
 def _coco_mask(coco, index, crowd, images, file, id, size):
     "Objects of one image painted in order: crowds, then from large to small"
     im = images[id]; h,w = im['height'], im['width']
     if size is not None and tuple(size)!=(h,w): raise DataError(im['file_name'], f'the photo is {size[1]} x {size[0]} pixels, {file} says {w} x {h}', 'Use photos and annotations of the same release')
     mask = np.zeros((h,w), np.uint8)
-    for a in sorted(coco.imgToAnns.get(im['id'], []), key=lambda a: (not a.get('iscrowd'), -a.get('area', 0))):
-        try: inside = coco.annToMask(a)                                     # (H,W), 0 or 1
+    for a in sorted(coco.imgToAnns.get(im['id'], []), key=_largest_first):
+        try: _check_outline(a['segmentation'], w, h); inside = coco.annToMask(a)                     # (H,W), 0 or 1
         except Exception as e: raise DataError(file, f'the outline of annotation {a["id"]} cannot be read ({type(e).__name__}: {e})', 'Correct or delete it') from None
         if inside.shape!=mask.shape or inside.max()>1: raise DataError(file, f'the run lengths of annotation {a["id"]} do not fill an image of {w} x {h}', 'Correct or delete it')
         mask[inside>0] = 255 if a.get('iscrowd') and crowd=='ignore' else index[a['category_id']]+1
     return mask
 
-# %% ../nbs/02_datasets.ipynb #618d2c0a
+# %% ../nbs/02_datasets.ipynb #fcc537d1
 def coco_dataset(
     path:str|Path, # folder with annotations/instances_*.json and the photos in train2014/, val2014/
     split:str='train', # 'train' | 'val' mean the 2014 release; 'val2017' and the like work too
     crowd:str='ignore', # pixels of crowds: 'ignore' (255) or 'paint' (the class)
     keep_unlabelled:bool=None, # keep images without label? default: not in train
+    on_bad:str='raise', # an entry of the file that cannot be used: 'raise', or 'skip' it and note it in `bad`
 )->Dataset: # classes: the categories of the file, sorted by id
     "MS COCO with labels and semantic masks from its instances; `DataError` for what is missing"
-    root = Path(path).expanduser(); part = f'{split}2014' if split in ('train','val') else _safe(split, root)
+    root, bad = Path(path).expanduser(), _notes(on_bad); part = f'{split}2014' if split in ('train','val') else _safe(split, root)
     file = root/'annotations'/f'instances_{part}.json'; folder = next((d for d in (root/part, root/'images'/part) if d.is_dir()), None)
     if not file.is_file(): raise DataError(file, 'there is no such file', 'Give the folder that holds annotations/ and the photos, and a split that exists')
     if folder is None: raise DataError(root/part, 'there is no such folder with the photos', 'Unpack the photos there')
-    coco = _coco(file); cats = sorted(coco.dataset['categories'], key=lambda c: c['id'])
-    index = {c['id']: i for i,c in enumerate(cats)}; found = _coco_labels(coco, index, file)
-    images = {PurePosixPath(_safe(i['file_name'], file)).with_suffix('').as_posix(): i for i in sorted(coco.dataset['images'], key=lambda i: i['id'])}
-    keep = not split.startswith('train') if keep_unlabelled is None else keep_unlabelled
-    ids = [id for id,i in images.items() if keep or i['id'] in found]
+    (coco, images), keep = _coco(file, bad), not split.startswith('train') if keep_unlabelled is None else keep_unlabelled
+    index = {c['id']: i for i,c in enumerate(coco.dataset['categories'])}; found = _coco_labels(coco, index, file, bad); lost = dict(bad or ())
+    ids = [id for id,i in images.items() if (keep or i['id'] in found) and id not in lost]
     paths, labels = {id: folder/images[id]['file_name'] for id in ids}, {id: found.get(images[id]['id'], ()) for id in ids}
     fs = partial(_photo, paths), partial(_photo_size, paths), partial(_of, labels), partial(_coco_mask, coco, index, crowd, images, file)
-    return Dataset('coco', [c['name'] for c in cats], ids, split, *fs, has_masks=True, dropped=len(images)-len(ids))
+    return Dataset('coco', [c['name'] for c in coco.dataset['categories']], ids, split, *fs, has_masks=True, dropped=len(images.keys()-lost.keys())-len(ids), bad=bad or [])
 
-# %% ../nbs/02_datasets.ipynb #16099ab9
+# %% ../nbs/02_datasets.ipynb #dc2f1ed1
 _SUFFIXES = {'.jpg','.jpeg','.png','.bmp','.gif','.tif','.tiff','.webp','.ppm','.pgm'}
 
-def _photo_files(folder):
+def _photo_files(folder, bad=None):
     "{id: path} of all photos below `folder`"
     if not folder.is_dir(): raise DataError(folder, 'there is no such folder', 'Put the photos into images/ below the folder of the data set')
-    found = {}
+    found, home = {}, os.path.realpath(folder)
     for p in sorted(folder.rglob('*')):
         if p.suffix.lower() not in _SUFFIXES or p.name.startswith('.'): continue
         id = p.relative_to(folder).with_suffix('').as_posix()
-        if id in found: raise DataError(p, f'has the same name as {found[id].name}', 'Rename one of them')
-        found[id] = p
+        with _noted(bad, id):
+            _safe(id, p)
+            if p.is_symlink() and not os.path.realpath(p).startswith(home+os.sep): raise DataError(p, 'is a link to a place outside of the folder', f'Copy the photo there, or make {folder.name} itself the link')
+            if id in found: raise DataError(p, f'has the same name as {found[id].name}', 'Rename one of them')
+            found[id] = p
     if not found: raise DataError(folder, 'holds no photos', f'Put photos there ({" ".join(sorted(_SUFFIXES))})')
     return found
 
@@ -395,8 +463,8 @@ def _find_photo(name, photos, folder, where):
         if i in photos and id in (i, photos[i].relative_to(folder).as_posix()): return i
     raise DataError(where, f'there is no photo {name!r} in {folder}', 'Correct the name or delete the line')
 
-# %% ../nbs/02_datasets.ipynb #c68cc571
-def _rows(path):
+# %% ../nbs/02_datasets.ipynb #87097751
+def _rows(path, bad=None):
     "[(line, image, [label names])] of labels.csv"
     reader = csv.reader(io.StringIO(_text(path), newline='')); rows = []
     try:
@@ -404,63 +472,75 @@ def _rows(path):
         if not {'image','labels'} <= set(head): raise DataError(f'{path}, line 1', f'the header is {",".join(head)!r}', "Start the file with the line 'image,labels'")
         for r in reader:
             if not any(c.strip() for c in r): continue
-            if len(r)>len(head): raise DataError(f'{path}, line {reader.line_num}', f'has {len(r)} columns, the header {len(head)}', "Separate labels by ';', and quote names that hold a comma")
             get = dict(zip(head, r)); labels = [l.strip() for l in get.get('labels','').split(';') if l.strip()]
-            rows.append((reader.line_num, get['image'].strip(), labels))
+            with _noted(bad, name := get.get('image','').strip()):
+                if len(r)>len(head): raise DataError(f'{path}, line {reader.line_num}', f'has {len(r)} columns, the header {len(head)}', "Separate labels by ';', and quote names that hold a comma")
+                rows.append((reader.line_num, name, labels))
     except csv.Error as e: raise DataError(f'{path}, line {reader.line_num}', f'is not CSV ({e})', 'Save the table as plain CSV') from None
     if not rows: raise DataError(path, 'holds no image', "Write one line an image: name.jpg,cat;dog")
     return rows
 
-# %% ../nbs/02_datasets.ipynb #9ead0b43
-def _table(path, photos, folder, classes, source):
+# %% ../nbs/02_datasets.ipynb #8d7388f8
+def _table(path, photos, folder, classes, source, bad=None):
     "{id: class indices} of labels.csv, and the class names, which are its labels if there is no `classes`"
-    rows,seen = _rows(path),{}
+    rows,seen = _rows(path, bad),{}
     if not classes: classes, source = sorted({l for _,_,ls in rows for l in ls}), path
     if not classes: raise DataError(path, 'no image has a label', "Write labels into the second column, or the class names into classes.txt")
     labels = {}
     for line,name,ls in rows:
-        where = f'{path}, line {line}'; id = _find_photo(name, photos, folder, where)
-        if id in seen: raise DataError(where, f'{name!r} is already in line {seen[id]}', 'Keep one line an image, with all its labels')
-        seen[id],labels[id] = line, {_index(l, classes, where, source) for l in ls}
+        where = f'{path}, line {line}'
+        with _noted(bad, name):
+            id = _find_photo(name, photos, folder, where)
+            with _noted(bad, id):
+                if id in seen: raise DataError(where, f'{name!r} is already in line {seen[id]}', 'Keep one line an image, with all its labels')
+                seen[id],labels[id] = line, {_index(l, classes, where, source) for l in ls}
     return labels, classes
 
-# %% ../nbs/02_datasets.ipynb #22cfa79d
-def _folder_ids(root, split, photos):
+# %% ../nbs/02_datasets.ipynb #f1d3541d
+def _folder_ids(root, split, photos, bad=None):
     "Ids of a split: the lines of its list, or what no list claims"
-    def read(file): return [(i, _find_photo(n, photos, root/'images', f'{file}, line {i}')) for i,n in _lines(file)]
+    def read(file):
+        out = []
+        for i,n in _lines(file):
+            with _noted(bad, f'{file.name}, line {i}'): out.append((i, _find_photo(n, photos, root/'images', f'{file}, line {i}')))
+        return out
     lists = {p.stem: p for p in sorted((root/'splits').glob('*.txt'))}
     if split=='all': return list(photos)
     if split in lists:
         seen = {}
         for i,id in read(lists[split]):
-            if id in seen: raise DataError(f'{lists[split]}, line {i}', f'{id!r} is already in line {seen[id]}', 'Delete one of the lines')
-            seen[id] = i
+            with _noted(bad, f'{split}.txt, line {i}'):
+                if id in seen: raise DataError(f'{lists[split]}, line {i}', f'{id!r} is already in line {seen[id]}', 'Delete one of the lines')
+                seen[id] = i
         return list(seen)
     if split!='train': raise DataError(root/'splits'/f'{split}.txt', 'there is no such split', f"Write one image name a line, or use one of: {', '.join(dict.fromkeys(['all', 'train', *lists]))}")
     taken = {id for f in lists.values() for _,id in read(f)}
     return [id for id in photos if id not in taken]
 
-# %% ../nbs/02_datasets.ipynb #e7c0bae0
+# %% ../nbs/02_datasets.ipynb #012187cf
 def folder_dataset(
     path:str|Path, # folder with images/ and labels.csv
     split:str='train', # a list in splits/; 'all': every photo; 'train' without a list: what no other list claims
+    on_bad:str='raise', # a line or photo that cannot be used: 'raise', or 'skip' it and note it in `bad`
 )->Dataset: # photos without a line in labels.csv are kept, with no labels
     "Photos with a table of labels; `DataError` names file, line and fix"
     root = Path(path).expanduser(); folder,names,table,masks = root/'images', root/'classes.txt', root/'labels.csv', root/'masks'
     if not root.is_dir(): raise DataError(root, 'there is no such folder', 'Give the folder that holds images/ and labels.csv')
-    photos = _photo_files(folder); classes = _class_names(names) if names.is_file() else None
-    if table.is_file() or not classes: labels,classes = _table(table, photos, folder, classes, names)
+    bad = _notes(on_bad); photos = _photo_files(folder, bad); classes = _class_names(names) if names.is_file() else None
+    if table.is_file() or not classes: labels,classes = _table(table, photos, folder, classes, names, bad)
     else: labels = {}                                                       # photos and class names, but no labels: to predict on
-    ids = _folder_ids(root, split, photos); paths = {id: photos[id] for id in ids}
+    ids = _folder_ids(root, split, photos, bad); lost = [(id,why) for id,why in bad or () if id in ids or id not in photos]     # of this split, or of none
+    ids = [id for id in ids if id not in dict(lost)]; paths = {id: photos[id] for id in ids}
     fs = partial(_photo, paths), partial(_photo_size, paths), partial(_of, {id: labels.get(id, ()) for id in ids}), partial(_file_mask, masks, len(classes))
-    return Dataset('folder', classes, ids, split, *fs, has_masks=any((masks/f'{id}.png').is_file() for id in ids))
+    return Dataset('folder', classes, ids, split, *fs, has_masks=any((masks/f'{id}.png').is_file() for id in ids), bad=lost)
 
-# %% ../nbs/02_datasets.ipynb #c857f512
+# %% ../nbs/02_datasets.ipynb #87f87953
 _KINDS = dict(voc=voc_dataset, coco=coco_dataset, folder=folder_dataset)
 
 def get_dataset(
     spec:str|Dataset, # 'voc:PATH' | 'coco:PATH' | 'folder:PATH' | 'mini'; a Dataset is passed through
     split:str='train', # part of the data
+    on_bad:str='raise', # what cannot be used: 'raise', or 'skip' it and note it in `bad`
     **kw, # arguments of that kind of data set
 )->Dataset: # never empty
     "The data set that `spec` names; `DataError` if there is none"
@@ -470,6 +550,6 @@ def get_dataset(
         guess = f'For your own photos write folder:{spec}' if Path(str(spec)).exists() else 'Use voc:PATH, coco:PATH, folder:PATH or mini'
         raise DataError(spec, 'is not a data set', guess)
     if kind!='mini' and not path: raise DataError(spec, 'the path is missing', f'Write {kind}:PATH')
-    ds = mini_dataset(split, **kw) if kind=='mini' else _KINDS[kind](path, split, **kw)
-    if not len(ds): raise DataError(spec, f'the split {split!r} has no images', 'Check its list, or take another split')
+    ds = mini_dataset(split, **kw) if kind=='mini' else _KINDS[kind](path, split, on_bad=on_bad, **kw)
+    if not len(ds): raise DataError(spec, f'the split {split!r} has no images{f" left after {len(ds.bad)} problems, the first: {ds.bad[0][1]}" if ds.bad else ""}', 'Check its list, or take another split')
     return ds
