@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'RULES', 'IMAGENET_MEAN', 'IMAGENET_STD', 'class_to_patch', 'minmax', 'fuse_layers', 'patch_cam', 'fuse_maps',
-           'evaluating', 'localize', 'to_input', 'localize_image', 'plot_maps']
+           'evaluating', 'localize_kinds', 'localize', 'to_input', 'localize_image', 'plot_maps']
 
-# %% ../nbs/21_attention.ipynb #1f72b598
+# %% ../nbs/21_attention.ipynb #5529631f
 from contextlib import contextmanager
+from functools import partial
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from .affinity import refine_maps
+from .affinity import AttentionSums, refine_maps
 from .core import DataError
 from .vit import capture_qk
 
@@ -39,18 +40,15 @@ def minmax(
     lo, hi = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     return (maps-lo)/(hi-lo).clamp_min(eps)
 
-# %% ../nbs/21_attention.ipynb #f669ceb5
+# %% ../nbs/21_attention.ipynb #4f90bf96
 def fuse_layers(
-    qk:dict,           # the last K layers -> dict(q=, k=), each (B,H,N,d)
-    C:int,             # number of class tokens
-    scales:dict,       # layer -> factor on q.k
-    classes:list=None, # class indices wanted, default all
+    rows:list,         # class-to-patch attention of the last K layers, (B,c,M) each
+    hw:tuple,          # (h,w) patch grid
     rule:str='reference', # 'reference': sum; 'plus': mean; 'paper': mean, then min-max
-    hw:tuple=None,     # (h,w) patch grid
 ) -> Tensor:           # (B,c,h,w), float32
     "Class-to-patch attention fused over layers (Eq. 2)"
-    a = sum(class_to_patch(l['q'], l['k'], C, scales[i], classes) for i,l in qk.items()).unflatten(2, hw) # (B,c,M) -> (B,c,h,w)
-    if rule != 'reference': a = a/len(qk)
+    a = sum(rows).unflatten(2, hw)                                         # (B,c,M) -> (B,c,h,w)
+    if rule != 'reference': a = a/len(rows)
     return minmax(a) if rule == 'paper' else a
 
 # %% ../nbs/21_attention.ipynb #d6c029fb
@@ -122,8 +120,67 @@ def evaluating(
     finally:
         for m,t in modes.items(): m.training = t
 
-# %% ../nbs/21_attention.ipynb #f17f7f7a
+# %% ../nbs/21_attention.ipynb #c8fb5eef
+def _by_rows(model, x, groups, attention):
+    "Shall attention be computed by blocks of rows? `DataError` for an unknown or impossible `attention`"
+    if attention not in ('auto', 'fused', 'rows'): raise DataError(f"attention {attention!r}: unknown. Use 'auto', 'fused' or 'rows'.")
+    can, N = all(b.attn.fused_attn for b in model.blocks), model.num_classes + x.shape[-2]*x.shape[-1]//model.patch_size**2
+    if attention == 'rows' and not can: raise DataError("attention 'rows': timm's fused attention is switched off (TIMM_FUSED_ATTN). Use 'fused'.")
+    small = N <= 2*model.embed_dim*max(map(len, groups), default=0)        # N x N against queries and keys of these layers
+    return attention == 'rows' or attention == 'auto' and can and x.device.type == 'cpu' and small
+
+# %% ../nbs/21_attention.ipynb #37cd97f8
+def _spread(affinity, maps):
+    "Eq. 3 and 7 with the whole matrix: (B,M,M), (B,c,h,w) -> (B,c,h,w), in 32 bits"
+    with torch.autocast(maps.device.type, enabled=False): return (maps.flatten(2).to(affinity.dtype) @ affinity.transpose(1, 2)).unflatten(2, maps.shape[-2:])
+
+# %% ../nbs/21_attention.ipynb #66863bf9
 @torch.no_grad()
+def _attend(model, x, classes, layers, groups, attention):
+    "One forward pass: patch map (B,D,h,w), {layer: class rows (B,c,M)}, {group of layers: function spreading maps (B,c,h,w)}"
+    C, L = model.num_classes, len(model.blocks)
+    if _by_rows(model, x, groups, attention):
+        with evaluating(model), AttentionSums(C, layers, groups) as kept: f = model.forward_features(x)[1] # (B,D,h,w)
+        if kept.layer != L: raise DataError(f"attention 'rows': {kept.layer} of {L} layers were seen, is the model compiled? Use attention='fused'.")
+        return f, {l: kept.rows[l][:, classes] for l in layers}, {g: partial(_spread, a) for g,a in kept.sums.items()}
+    scales, need = {l: b.attn.scale for l,b in enumerate(model.blocks)}, sorted(set(layers).union(*groups))
+    with evaluating(model), capture_qk(model.blocks, need) as qk, _one_buffer(model.blocks, qk): f = model.forward_features(x)[1]
+    some = lambda ls: {l: qk[l] for l in ls}
+    return f, {l: class_to_patch(qk[l]['q'], qk[l]['k'], C, scales[l], classes) for l in layers}, {g: lambda m, g=g: refine_maps(some(g), m, C, scales) for g in groups}
+
+# %% ../nbs/21_attention.ipynb #022ea8da
+def _combine(model, found, classes, last, kind, refine, rule, layers):
+    "One kind of map (B,c,h,w) from what `_attend` found; `last` are the last K layers"
+    f, rows, spread = found
+    if kind != 'patchcam': attn = fuse_layers([rows[l] for l in last], f.shape[-2:], rule)
+    if kind != 'attn': cam = patch_cam(f, model.head, classes, rule)
+    maps = attn if kind == 'attn' else cam if kind == 'patchcam' else fuse_maps(attn, cam, rule)
+    if not refine: return maps
+    return spread[_group(model, last, rule)](maps)/(len(last) if rule == 'paper' else 1)
+
+def _group(model, last, rule): return tuple(last if rule == 'paper' else range(len(model.blocks))) # layers of the affinity
+
+# %% ../nbs/21_attention.ipynb #b6ba420c
+@torch.no_grad()
+def localize_kinds(
+    model:nn.Module,       # an MCTformer, or a baseline
+    x:Tensor,              # images (B,3,H,W), ImageNet-normalised, H and W multiples of the patch size
+    wanted:list,           # a dict for each kind of map: kind, layers, refine, rule of `localize`, its defaults for what is not there
+    classes:list=None,     # class indices to compute, default all
+    attention:str='auto',  # 'fused' | 'rows' | 'auto', see above
+) -> list:                 # for each of `wanted` (B,C or len(classes),h,w), as `localize` gives it
+    "Several kinds of localization maps from one forward pass. Raises `DataError` as `localize` does."
+    asks = [dict(dict(kind='fused', layers=3, refine=True, rule='reference'), **w) for w in wanted]
+    (K, idx) = zip(*(_check_request(model, a['kind'], a['layers'], a['rule'], classes) for a in asks))
+    if hasattr(model, 'kinds'):
+        with evaluating(model): return [model.localize(x, a['kind'], idx[0]) for a in asks]
+    L = len(model.blocks); last = [range(L-k, L) for k in K]
+    layers = {l for a,r in zip(asks, last) if a['kind'] != 'patchcam' for l in r}
+    groups = {_group(model, r, a['rule']) for a,r in zip(asks, last) if a['refine']}
+    found = _attend(model, x, idx[0], sorted(layers), sorted(groups), attention)
+    return [_combine(model, found, idx[0], r, **a) for a,r in zip(asks, last)]
+
+# %% ../nbs/21_attention.ipynb #874a589e
 def localize(
     model:nn.Module,       # an MCTformer, or a baseline
     x:Tensor,              # images (B,3,H,W), ImageNet-normalised, H and W multiples of the patch size
@@ -132,20 +189,10 @@ def localize(
     refine:bool=True,      # patch affinity, Eq. 3 and 7
     rule:str='reference',  # 'reference' | 'paper' | 'plus', see the table above
     classes:list=None,     # class indices to compute, default all
+    attention:str='auto',  # 'fused' | 'rows' | 'auto', see above; the maps are the same
 ) -> Tensor:               # (B,C or len(classes),h,w) at the patch grid, float32, not negative (but 'tscam'), not normalised
     "Class-specific localization maps. Raises `DataError` for what the model cannot do or sizes it cannot take."
-    K, idx = _check_request(model, kind, layers, rule, classes)
-    if hasattr(model, 'kinds'):
-        with evaluating(model): return model.localize(x, kind, idx)
-    C, L = model.num_classes, len(model.blocks)
-    last, scales = range(L-K, L), {l: b.attn.scale for l,b in enumerate(model.blocks)}
-    need = (last if rule == 'paper' else range(L)) if refine else last if kind != 'patchcam' else []
-    with evaluating(model), capture_qk(model.blocks, need) as qk, _one_buffer(model.blocks, qk): features = model.forward_features(x)[1] # (B,D,h,w)
-    if kind != 'patchcam': attn = fuse_layers({l: qk[l] for l in last}, C, scales, idx, rule, features.shape[-2:])
-    if kind != 'attn': cam = patch_cam(features, model.head, idx, rule)
-    maps = attn if kind == 'attn' else cam if kind == 'patchcam' else fuse_maps(attn, cam, rule)
-    if not refine: return maps
-    return refine_maps(qk, maps, C, scales)/(K if rule == 'paper' else 1)
+    return localize_kinds(model, x, [dict(kind=kind, layers=layers, refine=refine, rule=rule)], classes, attention)[0]
 
 # %% ../nbs/21_attention.ipynb #eae9c023
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
