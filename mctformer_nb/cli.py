@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['mct_demo', 'mct_prepare_voc', 'mct_train', 'mct_seeds', 'mct_score', 'mct_info', 'mct_convert']
 
-# %% ../nbs/60_cli.ipynb #089f17d3
-import argparse, shlex, sys
+# %% ../nbs/60_cli.ipynb #c7d817f5
+import argparse, contextlib, json, os, shlex, sys, time
 from pathlib import Path
 
-# %% ../nbs/60_cli.ipynb #cb254467
+# %% ../nbs/60_cli.ipynb #2c135713
 class _Parser(argparse.ArgumentParser):
     "Errors in one line; description and examples as they are written"
     def __init__(self, prog, about, *examples):
-        super().__init__(prog, description=about, epilog='examples:\n' + '\n'.join(f'  {e}' for e in examples), formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog, description=about, epilog='examples:\n' + '\n'.join(f'  {e}' for e in examples), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        from mctformer_nb import __version__
+        self.add_argument('--json', metavar='FILE', help='write the outcome as JSON; with - to stdout, and all else to stderr')
         self.add_argument('--debug', action='store_true', help='show the whole traceback of an error')
+        self.add_argument('--version', action='version', version=f'mctformer_nb {__version__}')
     def error(self, message):
         print(f'{self.prog}: {message}. See {self.prog} --help.', file=sys.stderr)
         raise SystemExit(2)
@@ -26,21 +29,34 @@ def _user_error(e):
     if type(e).__name__ == 'OutOfMemoryError': return 'the device ran out of memory. Give a smaller --batch-size or --image-size, or --device cpu.'
     if isinstance(e, (DataError, OSError)): return ' '.join(str(e).split())
 
-# %% ../nbs/60_cli.ipynb #e3a52bd0
-def _run(parser, argv, body):
-    "Parse `argv` (default: the command line), call `body` with the result -> exit status"
-    args = parser.parse_args(argv)
-    try: return body(args) or 0
+# %% ../nbs/60_cli.ipynb #fca70bd2
+def _guarded(parser, a, body):
+    "Call `body`, errors told in a line -> exit status"
+    try: return body(a) or 0
     except KeyboardInterrupt:
-        if args.debug: raise
-        anew = [f'--{k}' for k in ('overwrite', 'fresh') if getattr(args, k, False)]
+        if a.debug: raise
+        anew = [f'--{k}' for k in ('overwrite', 'fresh') if getattr(a, k, False)]
         print(f'\n{parser.prog}: stopped. Run the same command again{", without " + anew[0] + "," if anew else ""} to resume.', file=sys.stderr)
         return 130
+    except BrokenPipeError:                                # the reader of a pipe, say `| head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 141
     except Exception as e:
         line = _user_error(e)
-        if args.debug or not line: raise
-        print(f'{parser.prog}: {line}', file=sys.stderr)
+        if a.debug or not line: raise
+        print(f'{parser.prog}: {line}', file=sys.stderr); a.outcome = dict(error=line)
         return 2
+
+# %% ../nbs/60_cli.ipynb #37443227
+def _run(parser, argv, body):
+    "Parse `argv` (default: the command line), call `body` with the result, write JSON -> exit status"
+    a = parser.parse_args(argv); a.outcome, a.next, a.start = {}, None, time.monotonic()
+    if not a.debug: os.environ.setdefault('HF_HUB_VERBOSITY', 'error')     # no page of retries when there is no network
+    from mctformer_nb.core import _plain, log_progress, write_json
+    with log_progress(30), contextlib.redirect_stdout(sys.stderr) if a.json=='-' else contextlib.nullcontext(): status = _guarded(parser, a, body)
+    found = dict(a.outcome, command=parser.prog, status=status, next=a.next); found.setdefault('seconds', round(time.monotonic()-a.start, 2))
+    if a.json=='-': print(json.dumps(_plain(found), indent=1, ensure_ascii=False))
+    elif a.json and status<2: return _guarded(parser, a, lambda _: write_json(a.json, found)) or status
+    return status
 
 # %% ../nbs/60_cli.ipynb #22322b90
 def _number(kind, low, high=None, above=False):
@@ -57,7 +73,7 @@ def _number(kind, low, high=None, above=False):
 def _list(kind=str): return lambda s: [kind(v.strip()) for v in s.split(',') if v.strip()]
 def _layers(s): return None if s=='all' else _number(int, 1)(s)
 
-# %% ../nbs/60_cli.ipynb #ef9255b7
+# %% ../nbs/60_cli.ipynb #8f28ad4d
 def _data_args(p, split='train', required=True, device=True):
     "--data, --split, --device, --seed"
     p.add_argument('--data', required=required, metavar='KIND:PATH', help="voc:PATH (VOC2012 folder), coco:PATH, folder:PATH (images/ and labels.csv), or mini (drawn)")
@@ -73,11 +89,25 @@ def _check_device(name):
     try: return name and (torch.empty(1, device=name), name)[1]
     except Exception as e: raise DataError(f'--device {name}', f'cannot be used ({str(e).splitlines()[0]})', 'Choose cpu, or cuda on a machine with a GPU') from None
 
-def _next(command, **options):
-    "Print the command to go on with"
-    print('next:', command, *(f'--{k} {shlex.quote(str(v))}' for k,v in options.items()))
+def _training_data(a, split):
+    "The data set of a training; with --skip-bad without what cannot be used, which is listed"
+    from mctformer_nb.datasets import get_dataset
+    if not a.skip_bad: return get_dataset(a.data, split)
+    ds = get_dataset(a.data, split, on_bad='skip').readable()
+    for _,problem in ds.bad: print(f'left out: {problem}', file=sys.stderr)
+    return ds
 
-# %% ../nbs/60_cli.ipynb #12e064e9
+def _next(a, command, **options):
+    "Print the command to go on with"
+    a.next = ' '.join([command, *(f'--{k.replace("_", "-")} {shlex.quote(str(v))}' for k,v in options.items() if v is not None)])
+    print('next:', a.next)
+
+def _took(a):
+    "Time since the command began, as people say it"
+    s = time.monotonic()-a.start
+    return f'{s:.0f} s' if s<100 else f'{s/60:.0f} min' if s<6000 else f'{s/3600:.1f} h'
+
+# %% ../nbs/60_cli.ipynb #39a5da89
 def mct_demo(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
@@ -90,10 +120,11 @@ def mct_demo(
 
 def _demo(a):
     from mctformer_nb.demo import run_demo
-    run_demo(a.out, seed=a.seed, device=_check_device(a.device))
-    print(f'done: open {Path(a.out)/"report.html"} in a browser')
+    a.outcome = run_demo(a.out, seed=a.seed, device=_check_device(a.device))
+    print(f'done in {_took(a)}: open {Path(a.out)/"report.html"} in a browser')
+    _next(a, 'mct_predict PHOTO', run=Path(a.out)/'second/segmentation/run')
 
-# %% ../nbs/60_cli.ipynb #8f1a181c
+# %% ../nbs/60_cli.ipynb #de83e8dc
 def mct_prepare_voc(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
@@ -108,74 +139,102 @@ def mct_prepare_voc(
 def _prepare_voc(a):
     from mctformer_nb.datasets import prepare_voc
     r = prepare_voc(a.path, sbd=a.sbd, download=a.download, expected=a.expected or None)
-    print(f'trainaug has {r["images"]} images; masks written now: {r["voc"]} of VOC, {r["sbd"]} of SBD')
-    _next('mct_train', data=f'voc:{a.path}', split='trainaug', out='runs/v2')
+    a.outcome = r
+    print(f'done in {_took(a)}: trainaug has {r["images"]} images; masks written now: {r["voc"]} of VOC, {r["sbd"]} of SBD')
+    _next(a, 'mct_train', data=f'voc:{a.path}', split='trainaug', out='runs/v2')
 
-# %% ../nbs/60_cli.ipynb #4d5e36fb
+# %% ../nbs/60_cli.ipynb #9ac7e248
+def _quick(stage):
+    "Options of the quick recipe: those of the demonstration; more epochs, since somebody's first data set is small"
+    from mctformer_nb.demo import DEMO_RECIPE, DEMO_SECOND
+    return {'train': dict(DEMO_RECIPE, epochs=30, batch_size=16), 'affinity': dict(DEMO_SECOND['affinity'], epochs=10),
+            'segment': dict(DEMO_SECOND['train'], epochs=30, batch_size=8)}[stage]
+
+def _recipe(a, stage, reference):
+    "Fill in what was not given: from the quick recipe, then from the reference's"
+    a.recipe = a.recipe or ('quick' if a.data.split(':')[0]=='mini' and not a.backbone else 'reference')
+    found = reference | (_quick(stage) if a.recipe=='quick' else {})
+    if a.backbone or getattr(a, 'variant', 'v2') not in ('v1', 'v2'): found.pop('lr_mult', None)   # made for that network
+    for k,v in found.items():
+        if getattr(a, k, None) is None: setattr(a, k, v)
+
+def _recipe_arg(p): p.add_argument('--recipe', choices=['reference', 'quick'], help="defaults of the other options: the reference's, or a small network in the package for first trials (default: reference, quick for mini)")
+
+# %% ../nbs/60_cli.ipynb #7eb02e16
 def _train_args(p):
     "Options of `mct_train`"
     def num(name, kind, low, help, **kw): p.add_argument(name, type=_number(kind, low), help=help, **kw)
-    _data_args(p)
+    _data_args(p); _recipe_arg(p)
     p.add_argument('--valid-split', help='part of the data for loss and mAP after each epoch (default: none)')
     p.add_argument('--variant', choices=['v1', 'v2', 'vit', 'tscam', 'cam'], default='v2', help='class tokens only, or with patch head; or a baseline: plain ViT, TS-CAM, CAM on a CNN (default: v2)')
-    p.add_argument('--out', required=True, metavar='RUN', help='run folder: model, config, history')
+    p.add_argument('--out', metavar='RUN', help='run folder: model, config, history (default: runs/VARIANT)')
     p.add_argument('--backbone', help='name of a plain timm ViT, for cam of a CNN (default: deit_small_patch16_224, for cam resnet50)')
     p.add_argument('--pretrained', nargs='?', const=True, default=None, metavar='FILE', help="weights of the backbone: a file (for a hybrid: of the whole model or of its CNN), or timm's hub when no file is given (default: hub)")
     p.add_argument('--no-pretrained', dest='pretrained', action='store_false', help='start from random weights')
     p.add_argument('--score', choices=['avg', 'max', 'fc'], default='avg', help='class score of Table 7 (default: avg)')
-    num('--epochs', int, 1, 'reference and default: 60', default=60)
-    num('--batch-size', int, 1, 'reference and default: 64', default=64)
-    num('--image-size', int, 1, 'pixels, reference and default: 224', default=224)
-    num('--lr', float, 0, 'default: 5e-4 * batch size / 512')
+    num('--epochs', int, 1, 'reference: 60; quick: 30')
+    num('--batch-size', int, 1, 'reference: 64; quick: 16')
+    num('--image-size', int, 1, 'pixels, reference: 224; quick: 96')
+    num('--lr', float, 0, 'reference: 5e-4 * batch size / 512; quick: 0.001')
     p.add_argument('--amp', choices=['fp16', 'bf16', 'off'], help='precision (default: fp16 on CUDA, else off)')
     num('--workers', int, 0, 'processes that load photos (default: 0)', default=0)
-    p.add_argument('--cache', action='store_true', help='keep decoded photos in memory')
-    p.add_argument('--skip-bad', action='store_true', help='leave unreadable photos out instead of stopping')
+    p.add_argument('--cache', action='store_true', default=None, help='keep decoded photos in memory')
+    p.add_argument('--skip-bad', action='store_true', help='leave out photos and labels that cannot be used, instead of stopping; they are listed')
     p.add_argument('--fresh', action='store_true', help='throw away the run that is in the folder')
 
-# %% ../nbs/60_cli.ipynb #98fec7ba
+# %% ../nbs/60_cli.ipynb #2091b917
 def _recipe_args(p):
     "The finer options of `mct_train`"
     def num(name, kind, low, help, **kw): p.add_argument(name, type=_number(kind, low), help=help, **kw)
     num('--min-lr', float, 0, 'reference and default: 1e-5', default=1e-5)
-    num('--warmup-epochs', int, 0, 'reference and default: 5', default=5)
-    p.add_argument('--per-step', action='store_true', help='move the learning rate in every step, not every epoch: better for small data')
-    p.add_argument('--lr-mult', nargs='+', default=[], metavar='NAME=X', help='learning rate factor of the parameters whose names start with NAME; 0 freezes')
+    num('--warmup-epochs', int, 0, 'reference: 5; quick: 1')
+    p.add_argument('--per-step', action='store_true', default=None, help='move the learning rate in every step, not every epoch: better for small data')
+    p.add_argument('--lr-mult', nargs='+', metavar='NAME=X', help='learning rate factor of the parameters whose names start with NAME; 0 freezes')
     num('--weight-decay', float, 0, 'reference and default: 0.05', default=.05)
     num('--drop-path', float, 0, 'reference and default: 0.1', default=.1)
-    p.add_argument('--valid-aug', choices=['center', 'squash'], default='center', help='photos of --valid-split: central crop, or squashed to a square')
-    p.add_argument('--aug', default='reference', help='augmentation: reference | paper | light (default: reference)')
+    p.add_argument('--valid-aug', choices=['center', 'squash'], help='photos of --valid-split: central crop (reference), or squashed to a square (quick)')
+    p.add_argument('--aug', help='augmentation: reference | paper | light (quick)')
 
-# %% ../nbs/60_cli.ipynb #4f949d02
+# %% ../nbs/60_cli.ipynb #515f3b8c
 def _factors(pairs):
-    "['head=10', 'blocks.0=0'] -> {'head': 10.0, 'blocks.0': 0.0}; None for none"
+    "['head=10', 'blocks.0=0'] -> {'head': 10.0, 'blocks.0': 0.0}; None for none; a recipe's dict as it is"
     from mctformer_nb.core import DataError
-    try: return {name: float(x) for name,x in (p.rsplit('=', 1) for p in pairs)} or None
+    if not pairs or isinstance(pairs, dict): return pairs or None
+    try: return {name: float(x) for name,x in (p.rsplit('=', 1) for p in pairs)}
     except ValueError: raise DataError(f"--lr-mult {' '.join(pairs)}: not pairs NAME=NUMBER. Write for example head=10 patch_embed=0.")
 
-# %% ../nbs/60_cli.ipynb #cb133f4b
+# %% ../nbs/60_cli.ipynb #febd9f25
 def mct_train(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
     "Train an MCTformer on image-level labels, or go on with the run that is in the folder."
     p = _Parser('mct_train', mct_train.__doc__, 'mct_train --data voc:VOCdevkit/VOC2012 --split trainaug --out runs/v2',
                 'mct_train --data folder:my_photos --valid-split val --pretrained deit_small.pth --epochs 30 --out runs/mine',
-                'mct_train --data mini --backbone mct_tiny_patch8_96 --image-size 96 --lr 1e-3 --per-step --epochs 10 --out runs/mini')
+                'mct_train --data folder:my_photos --recipe quick', 'mct_train --data mini --variant v1 --epochs 5')
     _train_args(p); _recipe_args(p)
     return _run(p, argv, _train)
 
 def _train(a):
     device = _check_device(a.device)
-    from mctformer_nb.datasets import get_dataset
     from mctformer_nb.train import train_classifier
     import mctformer_nb.baselines                         # adds its variants
-    a.backbone = a.backbone or ('resnet50' if a.variant=='cam' else 'deit_small_patch16_224')
-    ds, valid = get_dataset(a.data, a.split), a.valid_split and get_dataset(a.data, a.valid_split)
-    same = 'variant backbone score epochs batch_size image_size lr min_lr warmup_epochs per_step weight_decay drop_path aug valid_aug amp seed workers cache fresh'
-    train_classifier(ds, valid or None, a.out, pretrained=a.pretrained is None or a.pretrained, device=device, on_bad='skip' if a.skip_bad else 'raise',
-                     lr_mult=_factors(a.lr_mult), **{k: getattr(a, k) for k in same.split()})
-    print(f'done: {a.out}')
-    _next('mct_seeds', run=a.out, data=a.data, split='train', out=f'{a.out}/seeds')
+    if a.variant=='cam' and not a.backbone: a.recipe, a.backbone = a.recipe or 'reference', 'resnet50'
+    _recipe(a, 'train', dict(backbone='deit_small_patch16_224', pretrained=True, epochs=60, batch_size=64, image_size=224, warmup_epochs=5, per_step=False, aug='reference', valid_aug='center', cache=False))
+    a.out = a.out or f'runs/{a.variant}'; ds, valid = _training_data(a, a.split), a.valid_split and _training_data(a, a.valid_split)
+    same = 'variant backbone score epochs batch_size image_size lr min_lr warmup_epochs per_step weight_decay drop_path aug valid_aug amp seed workers cache fresh pretrained'
+    train_classifier(ds, valid or None, a.out, device=device, on_bad='skip' if a.skip_bad else 'raise', lr_mult=_factors(a.lr_mult), **{k: getattr(a, k) for k in same.split()})
+    small = dict(image_size=a.image_size, layers='all', scales='1,1.5') if a.recipe=='quick' else {}
+    _trained(a); _next(a, 'mct_seeds', run=a.out, data=a.data, split=a.split, **small)
+
+# %% ../nbs/60_cli.ipynb #6731c8d3
+def _trained(a):
+    "Say how a training ended"
+    import pandas as pd
+    h = pd.read_csv(Path(a.out)/'history.csv'); last = {k: v for k,v in h.iloc[-1].items() if v==v}
+    names = dict(train_loss='loss', valid_loss='validation loss', map_cls='mAP {:.1f}', map_patch='mAP of patches {:.1f}', miou='mIoU {:.1f}')
+    what = [names[k].format(v) if '{' in names[k] else f'{names[k]} {v:.4f}' for k,v in last.items() if k in names]
+    a.outcome = dict(run=str(a.out), epochs=len(h), **last, training_seconds=float(h.seconds.sum()))
+    print(f"done in {_took(a)}: {a.out}, {len(h)} epochs, {', '.join(what)}; mct_report {shlex.quote(str(a.out))} shows it")
 
 # %% ../nbs/60_cli.ipynb #302eeada
 def _check_classes(config, ds, run):
@@ -187,7 +246,7 @@ def _check_classes(config, ds, run):
     else: what = 'classes differ: ' + ', '.join(f'{i} is {o} in the model, {n} in the data' for i,(o,n) in enumerate(zip(old, new)) if o != n)[:200]
     raise DataError(run, what, 'Use the data that the model was trained for')
 
-# %% ../nbs/60_cli.ipynb #cfd630f4
+# %% ../nbs/60_cli.ipynb #8efd095c
 def mct_seeds(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
@@ -196,7 +255,7 @@ def mct_seeds(
                 'mct_seeds --run runs/v2 --data mini --split train,val --out seeds --kind attn --no-refine', 'mct_seeds --run runs/plus --data mini --out seeds --rule plus --layers all --scales 1,0.75,1.25')
     _data_args(p)
     p.add_argument('--run', required=True, metavar='RUN', help='run folder of mct_train or mct_convert')
-    p.add_argument('--out', required=True, metavar='DIR', help='folder of seed files; several splits may share it (--split train,val)')
+    p.add_argument('--out', metavar='DIR', help='folder of seed files, several splits may share it: --split train,val (default: RUN/seeds)')
     p.add_argument('--kind', choices=['attn', 'patchcam', 'fused', 'tscam', 'tscam*', 'cam'], help='which map (default: fused for V2, attn for V1 and vit, tscam and cam for those)')
     p.add_argument('--layers', type=_layers, default=3, metavar='K', help='last layers to fuse, a number or all (default: 3)')
     p.add_argument('--no-refine', action='store_true', help='leave out the patch affinity')
@@ -207,33 +266,36 @@ def mct_seeds(
     p.add_argument('--batch-size', type=_number(int, 1), default=8, help='photos a batch (default: 8)')
     p.add_argument('--labels', choices=['given', 'predicted'], default='given', help='labels from the data or from the model (default: given)')
     p.add_argument('--label-threshold', type=_number(float, 0, 1), default=.5, help='probability from which a predicted class counts (default: 0.5)')
-    p.add_argument('--overwrite', action='store_true', help='write seeds anew that exist'); p.add_argument('--json', metavar='FILE', help='write the report as JSON')
+    p.add_argument('--overwrite', action='store_true', help='write seeds anew that exist')
     return _run(p, argv, _seeds)
 
-# %% ../nbs/60_cli.ipynb #f386bfc7
+# %% ../nbs/60_cli.ipynb #52c23e42
 def _seeds(a):
     device = _check_device(a.device)
-    from mctformer_nb.core import set_seed, write_json
+    from mctformer_nb.core import set_seed
     from mctformer_nb.datasets import get_dataset
     from mctformer_nb.mctformer import load_run
     from mctformer_nb.seeds import extract_seeds
-    (model, config), bad = load_run(a.run), []
-    data = [get_dataset(a.data, s) for s in _list()(a.split)]
+    (model, config), bad, a.out = load_run(a.run), [], a.out or Path(a.run)/'seeds'
+    data = [get_dataset(a.data, s, on_bad='skip') for s in _list()(a.split)]
     for ds in data: _check_classes(config, ds, a.run)
-    set_seed(a.seed); reports = {}
+    set_seed(a.seed)
     for ds in data:
-        r = reports[ds.split] = extract_seeds(model, ds, a.out, a.kind, a.layers, not a.no_refine, a.rule, a.scales, not a.no_flip, a.batch_size, a.image_size,
-                                              a.labels, a.label_threshold, device, a.overwrite)
+        r = a.outcome[ds.split] = extract_seeds(model, ds, a.out, a.kind, a.layers, not a.no_refine, a.rule, a.scales, not a.no_flip, a.batch_size, a.image_size,
+                                                a.labels, a.label_threshold, device, a.overwrite)
         print(f'{ds.split}: {r.written} seeds written to {a.out}, {r.skipped} were there, {r.seconds:.0f} s')
         if r.empty: print(f'{r.empty} images have no label: their seeds are empty. --labels predicted asks the model instead.')
-        bad += r.bad
-    if a.json: write_json(a.json, reports)
-    return _bad_files(bad) or _next('mct_score', pred=a.out, data=a.data, split=data[0].split)
+        r.bad = ds.bad + r.bad; bad += r.bad
+    print(f'done in {_took(a)}: {a.out}')
+    if data[0].has_masks: _next(a, 'mct_score', pred=a.out, data=a.data, split=data[0].split, json=Path(a.out).parent/'seeds.json')
+    else: _next(a, 'mct_crf_labels', seeds=a.out, data=a.data, split=data[0].split)
+    return _bad_files(bad)
 
 def _bad_files(bad):
     "List what could not be used -> exit status"
     if not bad: return 0
-    print(f'{len(bad)} bad files were left out, everything else is done:', *(f'  {problem}' for _,problem in bad), sep='\n', file=sys.stderr)
+    lines = dict.fromkeys(problem if str(id) in problem else f'{id}: {problem}' for id,problem in bad)
+    print(f'{len(lines)} bad files were left out, everything else is done:', *(f'  {l}' for l in lines), sep='\n', file=sys.stderr)
     return 1
 
 # %% ../nbs/60_cli.ipynb #074eab2c
@@ -247,7 +309,7 @@ def _what_is_in(folder, ds):
     if all(found.values()): raise DataError(folder, f'has {found["seeds"]} seeds and {found["masks"]} masks', 'Keep them in folders of their own')
     return max(found, key=found.get)
 
-# %% ../nbs/60_cli.ipynb #d967c9ae
+# %% ../nbs/60_cli.ipynb #3f5952c8
 def mct_score(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
@@ -256,34 +318,35 @@ def mct_score(
                 'mct_score --pred seeds --data mini --figure sweep.png --classes cat,rabbit')
     _data_args(p, device=False)
     p.add_argument('--pred', required=True, metavar='DIR', help='folder of seeds (<id>.npz) or masks (<id>.png)')
-    p.add_argument('--threshold', type=_number(float, 0, 1), help='score seeds at this background score only')
+    p.add_argument('--background', '--threshold', dest='threshold', metavar='X', type=_number(float, 0, 1), help='score seeds at this background score only (default: a sweep for the best one)')
     p.add_argument('--classes', type=_list(), metavar='A,B', help='one more line: the mean over background and these')
-    p.add_argument('--skip-missing', action='store_true', help='score what is there although files are missing; they are listed')
-    p.add_argument('--json', metavar='FILE', help='write all numbers as JSON'); p.add_argument('--figure', metavar='FILE', help='draw the sweep (seeds only)')
+    p.add_argument('--skip-missing', action='store_true', help='score what is there although files or ground-truth masks are missing or unreadable; they are listed')
+    p.add_argument('--figure', metavar='FILE', help='draw the sweep (seeds only)')
     return _run(p, argv, _score)
 
-# %% ../nbs/60_cli.ipynb #911178d6
+# %% ../nbs/60_cli.ipynb #ffb744d4
 def _score(a):
     from mctformer_nb.core import DataError, atomic_path
     from mctformer_nb.datasets import get_dataset
-    from mctformer_nb.scores import fixed_threshold, plot_sweep, save_scores, score_masks, score_table, sweep_threshold
-    ds = get_dataset(a.data, a.split); what = _what_is_in(a.pred, ds)
+    from mctformer_nb.scores import fixed_threshold, plot_sweep, score_masks, score_table, sweep_threshold
+    ds = get_dataset(a.data, a.split, on_bad='skip'); what = _what_is_in(a.pred, ds)
     if not ds.has_masks: raise DataError(a.data, f'split {a.split} has no ground-truth masks', 'Score a split that has them')
     sweep = what=='seeds' and a.threshold is None
-    if what=='masks' and a.threshold is not None: raise DataError('--threshold', 'masks have no threshold', 'Leave it out')
-    if a.figure and not sweep: raise DataError('--figure', 'there is no sweep to draw', 'Give a folder of seeds and no --threshold')
+    if what=='masks' and a.threshold is not None: raise DataError('--background', 'masks have no threshold', 'Leave it out')
+    if a.figure and not sweep: raise DataError('--figure', 'there is no sweep to draw', 'Give a folder of seeds and no --background')
     args = dict(skip_missing=a.skip_missing)
     res = sweep_threshold(a.pred, ds, **args) if sweep else fixed_threshold(a.pred, ds, a.threshold, **args) if what=='seeds' else score_masks(a.pred, ds, **args)
     print(score_table(res, classes=a.classes))
     best = f'best threshold {res.best_threshold:.2f}: {res.best_miou:.1f}' if sweep else f'{res.miou:.1f}'
-    print(f'{what} of {res.n_images} images, mIoU {best}')
-    if a.json: save_scores(a.json, res, kind=what, data=a.data, split=a.split, pred=a.pred)
+    print(f'done in {_took(a)}: {what} of {res.n_images} images, mIoU {best}')
+    a.outcome = dict(res, kind=what, data=a.data, split=a.split, pred=a.pred)
+    if sweep: _next(a, 'mct_crf_labels', seeds=a.pred, data=a.data, split=a.split)
     if a.figure:
         import matplotlib; matplotlib.use('Agg')
         with atomic_path(a.figure) as f: plot_sweep(res).figure.savefig(f, bbox_inches='tight')
-    return _bad_files([(id, f'{id}: no file in {a.pred}') for id in res.missing])
+    return _bad_files([*ds.bad, *res.bad, *((id, f'{id}: no file in {a.pred}') for id in res.missing)])
 
-# %% ../nbs/60_cli.ipynb #a22672cc
+# %% ../nbs/60_cli.ipynb #128cfc6c
 def mct_info(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
@@ -293,23 +356,21 @@ def mct_info(
     p.add_argument('--variant', choices=['v1', 'v2'], help='default: both')
     p.add_argument('--num-classes', type=_number(int, 1), default=20, help='foreground classes (default: 20)')
     p.add_argument('--image-size', type=_number(int, 1), default=224, help='pixels (default: 224)')
-    p.add_argument('--json', metavar='FILE', help='write the exact numbers as JSON')
     return _run(p, argv, _info)
 
 def _info(a):
-    from mctformer_nb.core import write_json
     from mctformer_nb.mctformer import MCTformer, complexity, info_table
     print(info_table(a.backbone, a.variant, a.num_classes, a.image_size))
-    if a.json: write_json(a.json, {v: complexity(MCTformer(a.num_classes, v, a.backbone), a.image_size) for v in ([a.variant] if a.variant else ['v1', 'v2'])})
+    if a.json: a.outcome = {v: complexity(MCTformer(a.num_classes, v, a.backbone), a.image_size) for v in ([a.variant] if a.variant else ['v1', 'v2'])}
 
-# %% ../nbs/60_cli.ipynb #daf69fa3
+# %% ../nbs/60_cli.ipynb #20cf4b39
 def mct_convert(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
     "Turn a V1, V2 or + checkpoint of the reference implementation into a run folder."
     p = _Parser('mct_convert', mct_convert.__doc__, 'mct_convert MCTformer_V2.pth --out runs/v2', 'mct_convert coco.pth --out runs/coco --classes coco_names.txt')
     p.add_argument('reference', metavar='REFERENCE.pth', help='checkpoint, opened without running code in it')
-    p.add_argument('--out', required=True, metavar='RUN', help='run folder to write')
+    p.add_argument('--out', metavar='RUN', help="run folder to write (default: runs/ and the file's name)")
     p.add_argument('--classes', metavar='A,B|FILE', help='names in the order of training, or a file with one name a line (default for 20 classes: VOC)')
     p.add_argument('--image-size', type=_number(int, 1), default=224, help='pixels it was trained at (default: 224)')
     p.add_argument('--overwrite', action='store_true', help='replace the model in the folder')
@@ -318,11 +379,13 @@ def mct_convert(
 def _convert(a):
     from mctformer_nb.core import DataError, VOC_CLASSES
     from mctformer_nb.mctformer import load_reference, save_run
+    a.out = a.out or Path('runs')/Path(a.reference).stem
     if (Path(a.out)/'model.safetensors').exists() and not a.overwrite: raise DataError(a.out, 'holds a model already', 'Choose another folder, or pass --overwrite')
     model = load_reference(a.reference)
     if a.classes: names = Path(a.classes).read_text(encoding='utf-8').split('\n') if Path(a.classes).is_file() else a.classes.split(',')
     else: names = VOC_CLASSES if model.num_classes==20 else [f'class {i}' for i in range(model.num_classes)]
     save_run(model, a.out, classes=[n.strip() for n in names if n.strip()], image_size=a.image_size, reference=model.reference)
-    print(f'done: {a.out}, {model.reference} with {model.num_classes} classes')
+    a.outcome = dict(run=a.out, reference=model.reference, classes=model.num_classes)
+    print(f'done in {_took(a)}: {a.out}, {model.reference} with {model.num_classes} classes')
     plus = dict(rule='plus', layers='all', scales='1,0.75,1.25') if model.reference=='plus' else {}
-    _next('mct_seeds', run=a.out, data='voc:VOC2012', split='train', out=f'{a.out}/seeds', **plus)
+    _next(a, 'mct_seeds', run=a.out, data='voc:VOCdevkit/VOC2012', split='train', **plus)

@@ -5,24 +5,22 @@
 # %% auto #0
 __all__ = ['mct_crf_labels', 'mct_affinity', 'mct_segment_train', 'mct_masks', 'mct_segment', 'mct_predict']
 
-# %% ../nbs/61_cli_masks.ipynb #9d0b57e2
+# %% ../nbs/61_cli_masks.ipynb #b68c750d
 from pathlib import Path
-from .cli import _Parser, _bad_files, _check_classes, _check_device, _data_args, _factors, _list, _next, _number, _run
+from .cli import _Parser, _bad_files, _check_classes, _check_device, _data_args, _factors, _list, _next, _number, _recipe, _recipe_arg, _run, _took, _trained, _training_data
 
-# %% ../nbs/61_cli_masks.ipynb #4482c7e4
-def _report(r, what, args):
-    "One line on a stage's report, its JSON, and the list of bad files -> exit status"
-    print(f"{r.written} {what} written to {r.folder}, {r.skipped} were there, {r.seconds:.0f} s")
-    if args.json:
-        from mctformer_nb.core import write_json
-        write_json(args.json, r)
+# %% ../nbs/61_cli_masks.ipynb #508b3b74
+def _report(r, what, args, ds=None):
+    "One line on a stage's report, and the list of bad files, also those that `ds` left out -> exit status"
+    r.bad = [*getattr(ds, 'bad', ()), *r.bad]; args.outcome = r
+    print(f"done in {_took(args)}: {r.written} {what} written to {r.folder}, {r.skipped} were there")
     return _bad_files(r.bad)
 
 def _stage_args(p, *, workers='processes for the CRF (default: one a core)'):
     p.add_argument('--workers', type=_number(int, 1), metavar='N', help=workers)
-    p.add_argument('--overwrite', action='store_true', help='write files anew that exist'); p.add_argument('--json', metavar='FILE', help='write the report as JSON')
+    p.add_argument('--overwrite', action='store_true', help='write files anew that exist')
 
-# %% ../nbs/61_cli_masks.ipynb #2adf1272
+# %% ../nbs/61_cli_masks.ipynb #34a23506
 def mct_crf_labels(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
@@ -31,7 +29,7 @@ def mct_crf_labels(
                 'mct_crf_labels --seeds seeds --data mini --out labels --alphas 4,32')
     _data_args(p)
     p.add_argument('--seeds', required=True, metavar='DIR', help='folder of seeds from mct_seeds')
-    p.add_argument('--out', required=True, metavar='DIR', help='folder of label files')
+    p.add_argument('--out', metavar='DIR', help='folder of label files (default: labels, beside the seeds)')
     p.add_argument('--alphas', type=_list(_number(float, 0, above=True)), default=[1., 12.], metavar='LOW,HIGH', help='exponents of the background score (reference and default: 1,12; PSA: 4,32; paper: 4,24)')
     _stage_args(p)
     return _run(p, argv, _crf_labels)
@@ -41,21 +39,22 @@ def _crf_labels(a):
     from mctformer_nb.crf import crf_labels
     from mctformer_nb.datasets import get_dataset
     if len(a.alphas) != 2: raise DataError('--alphas', f'{len(a.alphas)} numbers', 'Give two, for example 1,12')
-    r = crf_labels(a.seeds, get_dataset(a.data, a.split), a.out, alphas=tuple(a.alphas), workers=a.workers, overwrite=a.overwrite)
-    return _report(r, 'label files', a) or _next('mct_affinity', labels=a.out, data=a.data, split=a.split, out=Path(a.out).parent/'affinity')
+    a.out = a.out or Path(a.seeds).parent/'labels'
+    ds = get_dataset(a.data, a.split, on_bad='skip'); r = crf_labels(a.seeds, ds, a.out, alphas=tuple(a.alphas), workers=a.workers, overwrite=a.overwrite)
+    return _report(r, 'label files', a, ds) or _next(a, 'mct_affinity', labels=a.out, data=a.data, split=a.split)
 
-# %% ../nbs/61_cli_masks.ipynb #c95441e3
-def _fit_args(p, epochs, batch_size, crop, lr):
-    "Options of both trainings"
+# %% ../nbs/61_cli_masks.ipynb #cb4589b1
+def _fit_args(p, out, reference, quick):
+    "Options of both trainings; (epochs, batch size, crop, learning rate) of the two recipes are for the help"
+    said = [f'reference: {r}; quick: {q}' for r,q in zip(reference, quick)]
     def num(name, kind, low, help, **kw): p.add_argument(name, type=_number(kind, low), help=help, **kw)
-    p.add_argument('--out', required=True, metavar='RUN', help='run folder: model, config, history')
-    p.add_argument('--backbone', default='mct_resnet38', help='timm CNN or plain ViT, mct_resnet38, or run:RUN for the ViT of a trained MCTformer (default: mct_resnet38)')
-    p.add_argument('--pretrained', nargs='?', const=True, default=False, metavar='FILE', help="weights of the backbone: a file, or timm's hub when no file is given (default: random)")
-    num('--epochs', int, 1, f'reference and default: {epochs}', default=epochs)
-    num('--batch-size', int, 1, f'reference and default: {batch_size}', default=batch_size)
-    num('--crop', int, 1, f'side of training samples in pixels, reference and default: {crop}', default=crop)
-    num('--lr', float, 0, f'of the backbone; new layers learn 10 times as fast (default: {lr})')
-    p.add_argument('--lr-mult', nargs='+', default=[], metavar='NAME=X', help='learning rate factor of the parameters whose names start with NAME; 0 freezes')
+    p.add_argument('--out', metavar='RUN', help=f'run folder: model, config, history (default: {out})'); _recipe_arg(p)
+    p.add_argument('--backbone', help='timm CNN or plain ViT, mct_resnet38, or run:RUN for the ViT of a trained MCTformer (reference: mct_resnet38)')
+    p.add_argument('--pretrained', nargs='?', const=True, metavar='FILE', help="weights of the backbone: a file, or timm's hub when no file is given (reference: random; quick: those in the package)")
+    num('--epochs', int, 1, said[0]); num('--batch-size', int, 1, said[1])
+    num('--crop', int, 1, f'side of training samples in pixels, {said[2]}')
+    num('--lr', float, 0, f'of the backbone; new layers learn 10 times as fast ({said[3]})')
+    p.add_argument('--lr-mult', nargs='+', metavar='NAME=X', help='learning rate factor of the parameters whose names start with NAME; 0 freezes')
     p.add_argument('--amp', choices=['fp16', 'bf16', 'off'], help='precision (default: fp16 on CUDA, else off)')
     num('--workers', int, 0, 'processes that load photos (default: 0)', default=0)
     p.add_argument('--skip-bad', action='store_true', help='leave unusable files out instead of stopping')
@@ -64,10 +63,10 @@ def _fit_args(p, epochs, batch_size, crop, lr):
 def _fit_options(a):
     "The options of `_fit_args` as the library takes them; what was not given keeps the library's default"
     out = dict(backbone=a.backbone, pretrained=a.pretrained, epochs=a.epochs, batch_size=a.batch_size, crop=a.crop, workers=a.workers, on_bad='skip' if a.skip_bad else 'raise',
-               seed=a.seed, device=_check_device(a.device), fresh=a.fresh, lr=a.lr, lr_mult=_factors(a.lr_mult), amp=a.amp)
+               seed=a.seed, device=_check_device(a.device), fresh=a.fresh, lr=a.lr, lr_mult=_factors(a.lr_mult), amp=a.amp, head_mult=getattr(a, 'head_mult', None))
     return {k: v for k,v in out.items() if v is not None}
 
-# %% ../nbs/61_cli_masks.ipynb #73b7c608
+# %% ../nbs/61_cli_masks.ipynb #3fdb3e67
 def mct_affinity(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
@@ -76,17 +75,19 @@ def mct_affinity(
                 'mct_affinity --labels labels --data folder:my_photos --backbone efficientnet_lite0 --pretrained --crop 224 --lr 0.003 --out runs/affinity')
     _data_args(p)
     p.add_argument('--labels', required=True, metavar='DIR', help='folder of mct_crf_labels')
-    _fit_args(p, 5, 8, 448, .01)
+    _fit_args(p, 'affinity, beside the labels', (5, 8, 448, .01), (10, 4, 96, .1))
     return _run(p, argv, _affinity)
 
 def _affinity(a):
     from mctformer_nb.affinitynet import train_affinity
-    from mctformer_nb.datasets import get_dataset
-    train_affinity(a.labels, get_dataset(a.data, a.split), a.out, **_fit_options(a))
-    print(f'done: {a.out}')
-    _next('mct_masks', seeds='SEEDS', affinity=a.out, data=a.data, split=a.split, out=Path(a.out).parent/'masks')
+    a.out = a.out or Path(a.labels).parent/'affinity'
+    _recipe(a, 'affinity', dict(backbone='mct_resnet38', pretrained=False, epochs=5, batch_size=8, crop=448))
+    train_affinity(a.labels, _training_data(a, a.split), a.out, **_fit_options(a))
+    small = dict(stride=4, steps=8) if a.recipe=='quick' else {}
+    found = Path(a.out).parent/'seeds.json'                # the scores of the seeds, where the last hint but two was followed
+    _trained(a); _next(a, 'mct_masks', affinity=a.out, data=a.data, split=a.split, **small, background=found if found.is_file() else None)
 
-# %% ../nbs/61_cli_masks.ipynb #d1b573d7
+# %% ../nbs/61_cli_masks.ipynb #5677b021
 def mct_segment_train(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
@@ -96,33 +97,36 @@ def mct_segment_train(
     _data_args(p)
     p.add_argument('--masks', required=True, metavar='DIR', help="folder of mask PNGs from mct_masks, or 'truth': the masks of the data set (fully supervised)")
     p.add_argument('--valid-split', help='part of the data with masks, for mIoU after each epoch (default: none)')
-    p.add_argument('--optimizer', choices=['sgd', 'adamw'], default='sgd', help='adamw for a ViT (reference and default: sgd)')
+    p.add_argument('--optimizer', choices=['sgd', 'adamw'], help='adamw for a ViT (reference: sgd; quick: adamw)')
     p.add_argument('--accumulate', type=_number(int, 1), default=1, help='batches a step (default: 1)')
     p.add_argument('--image-size', type=_number(int, 1), metavar='N', help="shorter side of a photo in pixels (default: its own)")
-    p.add_argument('--dilation', type=_number(int, 1), default=12, help='of the head; smaller for small photos (reference and default: 12)')
-    p.add_argument('--cache', action='store_true', help='keep decoded photos and masks in memory')
-    _fit_args(p, 30, 4, 321, 7e-4)
+    p.add_argument('--dilation', type=_number(int, 1), help='of the head; smaller for small photos (reference: 12; quick: 2)')
+    p.add_argument('--cache', action='store_true', default=None, help='keep decoded photos and masks in memory')
+    _fit_args(p, 'deeplab, beside the masks', (30, 4, 321, 7e-4), (30, 8, 96, 6e-4))
     return _run(p, argv, _segment_train)
 
 def _segment_train(a):
-    from mctformer_nb.datasets import get_dataset
     from mctformer_nb.deeplab import train_segment
-    valid = a.valid_split and get_dataset(a.data, a.valid_split)
-    train_segment(None if a.masks=='truth' else a.masks, get_dataset(a.data, a.split), a.out, valid=valid or None, optimizer=a.optimizer, accumulate=a.accumulate,
+    valid = a.valid_split and _training_data(a, a.valid_split)
+    a.out = a.out or ('runs/supervised' if a.masks=='truth' else Path(a.masks).parent/'deeplab')
+    _recipe(a, 'segment', dict(backbone='mct_resnet38', pretrained=False, epochs=30, batch_size=4, crop=321, optimizer='sgd', dilation=12, cache=False))
+    train_segment(None if a.masks=='truth' else a.masks, _training_data(a, a.split), a.out, valid=valid or None, optimizer=a.optimizer, accumulate=a.accumulate,
                   image_size=a.image_size, dilation=a.dilation, cache=a.cache, **_fit_options(a))
-    print(f'done: {a.out}')
-    _next('mct_segment', run=a.out, data=a.data, split=a.valid_split or 'val', out=Path(a.out)/'masks')
+    small = dict(scales=1) if a.recipe=='quick' else {}
+    _trained(a)
+    if valid: _next(a, 'mct_segment', run=a.out, data=a.data, split=a.valid_split, **small)
+    else: _next(a, 'mct_predict PHOTO', run=a.out, **small)
 
-# %% ../nbs/61_cli_masks.ipynb #326d7f34
+# %% ../nbs/61_cli_masks.ipynb #ef17286f
 def mct_masks(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
     "Pseudo masks: seeds spread by a random walk along the affinities."
     p = _Parser('mct_masks', mct_masks.__doc__, 'mct_masks --seeds runs/v2/seeds --affinity runs/affinity --data voc:VOCdevkit/VOC2012 --split trainaug --background scores.json --out runs/masks')
     _data_args(p)
-    p.add_argument('--seeds', required=True, metavar='DIR', help='folder of seeds from mct_seeds')
     p.add_argument('--affinity', required=True, metavar='RUN', help='run folder of mct_affinity')
-    p.add_argument('--out', required=True, metavar='DIR', help='folder of masks, one palette PNG an image')
+    p.add_argument('--seeds', metavar='DIR', help='folder of seeds from mct_seeds (default: seeds, beside the affinity)')
+    p.add_argument('--out', metavar='DIR', help='folder of masks, one palette PNG an image (default: masks, beside the affinity)')
     p.add_argument('--background', default=.39, metavar='X|FILE', help="background score, or the JSON file of mct_score with the best one (reference and default: 0.39)")
     p.add_argument('--alpha', type=_number(float, 0, above=True), help='background (1-max)^ALPHA instead, as PSA')
     p.add_argument('--beta', type=_number(float, 0, above=True), default=8, help='power of the affinities (reference and default: 8)')
@@ -132,7 +136,7 @@ def mct_masks(
     _stage_args(p, workers='threads (default: 4)')
     return _run(p, argv, _masks)
 
-# %% ../nbs/61_cli_masks.ipynb #a1c5e0d2
+# %% ../nbs/61_cli_masks.ipynb #f98e44d4
 def _masks(a):
     from mctformer_nb.affinitynet import load_affinity
     from mctformer_nb.crf import LABEL_CRF
@@ -140,15 +144,16 @@ def _masks(a):
     from mctformer_nb.random_walk import make_masks
     try: background = float(a.background)
     except ValueError: background = a.background
-    r = make_masks(a.seeds, load_affinity(a.affinity)[0], get_dataset(a.data, a.split), a.out, background=background, alpha=a.alpha, beta=a.beta, steps=a.steps, stride=a.stride, crf=LABEL_CRF if a.crf else None,
+    near = Path(a.affinity).parent; a.seeds, a.out = a.seeds or near/'seeds', a.out or near/'masks'
+    r = make_masks(a.seeds, load_affinity(a.affinity)[0], (ds := get_dataset(a.data, a.split, on_bad='skip')), a.out, background=background, alpha=a.alpha, beta=a.beta, steps=a.steps, stride=a.stride, crf=LABEL_CRF if a.crf else None,
                    device=_check_device(a.device), overwrite=a.overwrite, workers=a.workers or 4)
-    return _report(r, 'masks', a) or _next('mct_segment_train', masks=a.out, data=a.data, split=a.split, out=Path(a.out).parent/'deeplab')
+    return _report(r, 'masks', a, ds) or _next(a, 'mct_segment_train', masks=a.out, data=a.data, split=a.split)
 
-# %% ../nbs/61_cli_masks.ipynb #22b578f3
+# %% ../nbs/61_cli_masks.ipynb #7539822e
 def _infer_args(p):
     "Options of both"
-    p.add_argument('--out', required=True, metavar='DIR', help='folder of masks')
     p.add_argument('--run', required=True, metavar='RUN', help='run folder')
+    p.add_argument('--out', metavar='DIR', help='folder of masks (default: RUN/masks; mct_predict: RUN/found)')
     p.add_argument('--scales', type=_list(_number(float, 0, 8, above=True)), metavar='S,S', help='sizes of the views (reference and default: 0.5,0.75,1,1.25,1.5)')
     p.add_argument('--flip', action='store_true', help='mirror images too')
     p.add_argument('--no-crf', action='store_true', help='leave out the dense CRF')
@@ -162,7 +167,7 @@ def _infer_options(a):
     return dict(flip=a.flip, window=a.window, image_size=a.image_size, device=_check_device(a.device), workers=a.workers, overwrite=a.overwrite,
                 **({'scales': tuple(a.scales)} if a.scales else {}), **({'crf': None} if a.no_crf else {}))
 
-# %% ../nbs/61_cli_masks.ipynb #d56bc66b
+# %% ../nbs/61_cli_masks.ipynb #62ffe754
 def mct_segment(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
@@ -181,14 +186,15 @@ def _segment(a):
     from mctformer_nb.datasets import get_dataset
     from mctformer_nb.segment import segment_dataset, voc_archive
     if bool(a.data)==bool(a.photos): raise DataError('--data, --photos', 'both or none given', 'Give one of them')
-    ds = get_dataset(a.data, a.split) if a.data else a.photos
+    ds = get_dataset(a.data, a.split, on_bad='skip') if a.data else a.photos
+    a.out = a.out or Path(a.run)/'masks'
     r = segment_dataset(a.run, ds, a.out, overlays=a.overlays, **_infer_options(a))
-    status = _report(r, 'masks', a)
+    status = _report(r, 'masks', a, ds)
     if a.archive and not status: packed = voc_archive(a.out, ds, a.archive); print(f'{packed.images} masks packed in {packed.path}')
-    if a.data and not status and ds.has_masks: _next('mct_score', pred=a.out, data=a.data, split=a.split)
+    if a.data and not status and ds.has_masks: _next(a, 'mct_score', pred=a.out, data=a.data, split=a.split)
     return status
 
-# %% ../nbs/61_cli_masks.ipynb #e675c167
+# %% ../nbs/61_cli_masks.ipynb #aa3b30af
 def mct_predict(
     argv:list=None, # arguments, default those of the shell
 ) -> int: # exit status
@@ -203,7 +209,7 @@ def mct_predict(
 
 def _predict(a):
     from mctformer_nb.segment import predict_photos
-    photos = a.photos[0] if len(a.photos)==1 else a.photos
+    photos, a.out = a.photos[0] if len(a.photos)==1 else a.photos, a.out or Path(a.run)/'found'
     r = predict_photos(a.run, photos, a.out, label_threshold=a.label_threshold, background=a.background, **_infer_options(a))
     for id,scores in r.scores.items(): print(f'{id}:', ', '.join(f'{c} {v:.2f}' for c,v in sorted(scores.items(), key=lambda s: -s[1])[:3]) or 'nothing found')
     return _report(r, 'masks', a)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOC_CLASSES', 'DataError', 'voc_palette', 'colorize', 'overlay', 'legend', 'set_seed', 'atomic_path', 'folder_lock',
-           'read_arrays', 'write_json', 'read_json', 'open_image', 'image_size', 'open_mask', 'save_mask', 'progress']
+           'read_arrays', 'write_json', 'read_json', 'open_image', 'image_size', 'open_mask', 'save_mask',
+           'log_progress', 'progress']
 
 # %% ../nbs/00_core.ipynb #83e975c4
 import json, math, os, random, shutil, sys, tempfile, zipfile
@@ -150,7 +151,7 @@ def read_arrays(
             return [_npy(z, found[f'{n}.npy'], limit) for n in names]
     except DataError: raise
     except FileNotFoundError: raise DataError(path, 'there is no such file', 'Check the folder and the id') from None
-    except Exception as e: raise DataError(path, f'cannot be read as a {what} file ({type(e).__name__}: {str(e)[:80]})', again) from None
+    except Exception as e: raise DataError(path, f'is not a readable {what} file ({type(e).__name__}: {str(e)[:80]})', again) from None
 
 # %% ../nbs/00_core.ipynb #23bee0c9
 def _plain(o):
@@ -263,6 +264,23 @@ def save_mask(
     im = Image.fromarray(mask.astype(np.uint8)); im.putpalette(voc_palette().tobytes())
     with atomic_path(path) as p: im.save(p, format='PNG')
 
+# %% ../nbs/00_core.ipynb #bfa5d7d5
+class _Lines:
+    "File for `tqdm` that writes lines of a log"
+    every = 0                                              # seconds between them, 0: none
+    def write(self, s):
+        if s.strip(): print(s.strip(), file=sys.stderr, flush=True)
+    def flush(self): pass
+
+@contextmanager
+def log_progress(
+    seconds:float=30, # between two lines
+):
+    "Within the block, `progress` writes lines to stderr where there is no terminal"
+    old,_Lines.every = _Lines.every,seconds
+    try: yield
+    finally: _Lines.every = old
+
 # %% ../nbs/00_core.ipynb #23f70376
 def progress(
     iterable:object, # what to walk through
@@ -270,5 +288,8 @@ def progress(
     total:int=None, # number of steps, if `iterable` has no length
     force:bool=False, # draw even when stderr is not a terminal
 ):
-    "`tqdm` over `iterable`, quiet when nobody watches"
-    return tqdm(iterable, desc=desc, total=total, disable=not (force or sys.stderr.isatty()), file=sys.stderr)
+    "`tqdm` over `iterable`, quiet when nobody watches; lines within `log_progress`"
+    watched = force or sys.stderr.isatty()
+    if watched or not _Lines.every: return tqdm(iterable, desc=desc, total=total, disable=not watched, file=sys.stderr)
+    return tqdm(iterable, desc=desc, total=total, file=_Lines(), leave=False, miniters=1, **dict.fromkeys(('delay', 'mininterval', 'maxinterval'), _Lines.every),
+                bar_format='{desc}: {n_fmt}/{total_fmt} in {elapsed}, {remaining} left{postfix}')

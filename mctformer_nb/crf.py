@@ -17,7 +17,7 @@ import numpy as np
 from fastcore.basics import AttrDict
 from joblib.externals.loky import ProcessPoolExecutor
 from PIL import Image
-from .core import DataError, atomic_path, overlay, progress, read_json, save_mask, write_json
+from .core import DataError, atomic_path, folder_lock, overlay, progress, read_arrays, read_json, save_mask, write_json
 from .scores import _read_seed
 
 # %% ../nbs/24_crf.ipynb #88dcc0b1
@@ -113,12 +113,7 @@ def load_crf_label(
     path:str|Path, # a label file
 )->tuple: # classes int64 (k,), low float16 (k+1,H,W), high float16 (k+1,H,W); background first
     "Read one label file; `DataError` if it is missing, cut off, or not a label file"
-    try:
-        with np.load(path, allow_pickle=False) as f: arrays = [f[n] for n in _NAMES]
-    except FileNotFoundError: raise DataError(path, 'there is no such file', 'Check the folder and the id, or write labels with mct_crf_labels') from None
-    except KeyError as e: raise DataError(path, f'is not a label file ({e.args[0]})', 'Give a file written by mct_crf_labels') from None
-    except Exception as e: raise DataError(path, f'cannot be read as a label file ({type(e).__name__})', 'Delete it and write the labels again') from None
-    return _check_label(path, *arrays)
+    return _check_label(path, *read_arrays(path, _NAMES, 'label', 'mct_crf_labels'))
 
 # %% ../nbs/24_crf.ipynb #44ffe52d
 def claim_folder(
@@ -217,7 +212,7 @@ def _done(path):
     "Is a complete label file there?"
     try:
         with zipfile.ZipFile(path) as z: return {f'{n}.npy' for n in _NAMES} <= set(z.namelist())
-    except (OSError, zipfile.BadZipFile): return False
+    except Exception: return False                        # zipfile raises many kinds for damaged files
 
 # %% ../nbs/24_crf.ipynb #e643e5f6
 def _settings(seeds, ds, alphas, crf):

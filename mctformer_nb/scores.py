@@ -7,12 +7,11 @@ __all__ = ['confusion', 'iou_fp_fn', 'seed_to_mask', 'sweep_threshold', 'plot_sw
            'score_table', 'save_scores']
 
 # %% ../nbs/23_scores.ipynb #549d687d
-import zipfile, zlib
 from collections.abc import Iterable
 from pathlib import Path
 import numpy as np
 from fastcore.basics import AttrDict
-from .core import DataError, open_mask, progress, write_json
+from .core import DataError, open_mask, progress, read_arrays, write_json
 
 # %% ../nbs/23_scores.ipynb #a6277c2c
 def _check_values(v, n, what):
@@ -158,14 +157,7 @@ def _sweep_counts(items, n, thresholds):
 # %% ../nbs/23_scores.ipynb #3b8d754b
 def _read_seed(path):
     "(classes, maps) of a seed file; `DataError` for everything that is not one"
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            lost = {'classes', 'maps'} - set(f.files)
-            if lost: raise DataError(f'{path}: no {" and ".join(sorted(lost))} in it. Is this a folder of seed files?')
-            return f['classes'], f['maps']
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as e:
-        if isinstance(e, DataError): raise
-        raise DataError(f'{path}: not a readable seed file ({type(e).__name__}). Delete it and write the seeds again.') from e
+    return tuple(read_arrays(path, ('classes', 'maps'), 'seed', 'mct_seeds'))
 
 # %% ../nbs/23_scores.ipynb #35717bf1
 def _find(folder, ds, suffix, skip_missing):
@@ -181,6 +173,14 @@ def _find(folder, ds, suffix, skip_missing):
         raise DataError(f'{folder}: {len(missing)} of {len(ds.ids)} {suffix} files are missing ({", ".join(map(str, missing[:5]))}{", ..." if len(missing)>5 else ""}). Write them, or pass skip_missing=True.')
     return have, missing
 
+def _usable(have, ds, read, bad):
+    "`read(position, path)` of every file; what raises `DataError` goes to the list `bad`, if there is one"
+    for i,p in progress(have, 'scores', len(have)):
+        try: yield read(i, p)
+        except DataError as e:
+            if bad is None: raise
+            bad.append((ds.ids[i], str(e)))
+
 def _truth(ds, i):
     mask = ds.mask(i)
     if mask is None: raise DataError(f'{ds.ids[i]}: no ground-truth mask. Score a split that has masks.')
@@ -192,15 +192,15 @@ def sweep_threshold(
     ds:object,                                # `Dataset` with masks; for an iterable a list of foreground names is enough
     thresholds:np.ndarray=np.arange(60)/100,  # increasing background scores; the published protocol is 0.00-0.59 by 0.01
     classes:list|None=None,                   # names: means (and the best threshold) over background + these only
-    skip_missing:bool=False,                  # leave out images without a seed file and list them in `missing`
+    skip_missing:bool=False,                  # leave out images without a seed file (listed in `missing`), and unreadable seeds and masks (`bad`)
 ) -> AttrDict:                                # thresholds, miou, fp, fn (T,); best_threshold, best_miou, per_class and confusion at the best
     "Score seeds at every threshold in one pass over pixels; all scores in percent. `DataError` names the file that does not fit"
     names, ts = _names(ds), np.asarray(thresholds, dtype=np.float64).ravel()
     if not len(ts) or not np.isfinite(ts).all() or (np.diff(ts)<=0).any(): raise DataError('thresholds: not increasing numbers. Sort them and drop repeats.')
-    missing = []
+    missing, bad = [], [] if skip_missing else None
     if isinstance(seeds, (str, Path)):
         have, missing = _find(seeds, ds, '.npz', skip_missing)
-        items = ((p, *_read_seed(p), _truth(ds, i)) for i,p in progress(have, 'scores', len(have)))
+        items = _usable(have, ds, lambda i,p: (p, *_check_seed(p, *_read_seed(p), _truth(ds, i), len(names)+1)), bad)
     else: items = ((f'seed {i}', *s) for i,s in enumerate(seeds))
     confs, n_images = _sweep_counts(items, len(names)+1, ts)
     r = iou_fp_fn(confs, _keep(names, classes))
@@ -208,7 +208,7 @@ def sweep_threshold(
     best = int(np.nanargmax(r['miou']))
     at = _scores(confs[best], names, classes)
     return AttrDict(thresholds=ts, miou=r['miou'], fp=r['fp'], fn=r['fn'], best_threshold=float(ts[best]), best_miou=at.miou,
-                    per_class=at.per_class, confusion=at.confusion, names=names, classes=classes, n_images=n_images, missing=missing)
+                    per_class=at.per_class, confusion=at.confusion, names=names, classes=classes, n_images=n_images, missing=missing, bad=bad or [])
 
 # %% ../nbs/23_scores.ipynb #f0598f9b
 def plot_sweep(
@@ -237,14 +237,14 @@ def fixed_threshold(
 ) -> AttrDict:                # miou, fp, fn, per_class, confusion, threshold, n_images, missing; percent
     "Score seeds at one given threshold"
     r = sweep_threshold(seeds, ds, [threshold], classes, skip_missing)
-    return _scores(r.confusion, r.names, classes, threshold=float(threshold), n_images=r.n_images, missing=r.missing)
+    return _scores(r.confusion, r.names, classes, threshold=float(threshold), n_images=r.n_images, missing=r.missing, bad=r.bad)
 
 # %% ../nbs/23_scores.ipynb #f1372382
-def _mask_pairs(pred, ds, skip_missing):
-    "(pairs (name, prediction, target), missing ids) of a folder, a dict or an iterable"
+def _mask_pairs(pred, ds, skip_missing, bad):
+    "(pairs (name, prediction, target), missing ids) of a folder, a dict or an iterable; `bad` is for `_usable`"
     if isinstance(pred, (str, Path)):
         have, missing = _find(pred, ds, '.png', skip_missing)
-        return ((p, open_mask(p), _truth(ds, i)) for i,p in progress(have, 'scores', len(have))), missing
+        return _usable(have, ds, lambda i,p: (p, open_mask(p), _truth(ds, i)), bad), missing
     if isinstance(pred, dict):
         missing = [id for id in ds.ids if id not in pred]
         if len(missing) == len(ds.ids) or (missing and not skip_missing):
@@ -261,14 +261,14 @@ def score_masks(
 ) -> AttrDict:                    # miou, fp, fn, per_class {name: {iou, fp, fn}}, confusion (n,n), n_images, missing; percent
     "Score label masks against ground truth; `DataError` names the file that is missing, unreadable, of another size or with unknown labels"
     names = _names(ds); n = len(names)+1
-    pairs, missing = _mask_pairs(pred, ds, skip_missing)
+    bad = [] if skip_missing else None; pairs, missing = _mask_pairs(pred, ds, skip_missing, bad)
     conf, seen = np.zeros((n,n), np.int64), 0
     for name,p,t in pairs:
         try: conf += confusion(p, t, n)
         except DataError as e: raise DataError(f'{name}: {e}') from None
         seen += 1
     if not conf.any(): raise DataError(f'predictions: {seen} images and no pixel to score. Check split and masks.')
-    return _scores(conf, names, classes, n_images=seen, missing=missing)
+    return _scores(conf, names, classes, n_images=seen, missing=missing, bad=bad or [])
 
 # %% ../nbs/23_scores.ipynb #73e7e6bf
 def _mean_row(rows):

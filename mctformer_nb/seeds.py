@@ -6,7 +6,7 @@
 __all__ = ['save_seed', 'load_seed', 'extract_seeds', 'show_seeds']
 
 # %% ../nbs/22_seeds.ipynb #353dbe4d
-import hashlib, shutil, time, zipfile, zlib
+import hashlib, shutil, time, zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import AttrDict
 import mctformer_nb.baselines                             # so that `load_run` knows their run folders
 from .attention import _check_request, evaluating, localize, minmax, to_input
-from .core import DataError, atomic_path, progress, read_json, write_json
+from .core import DataError, atomic_path, folder_lock, progress, read_arrays, read_json, write_json
 
 # %% ../nbs/22_seeds.ipynb #8a3aa5dc
 def save_seed(
@@ -42,13 +42,7 @@ def load_seed(
     path:str|Path, # a seed file
 ) -> tuple: # classes int64 (k,), maps float16 (k,H,W)
     "Read one seed file; `DataError` if it is missing, cut off, or not a seed file"
-    try:
-        with np.load(path, allow_pickle=False) as f: classes, maps = f['classes'], f['maps']
-    except FileNotFoundError: raise DataError(path, 'there is no such file', 'Check the folder and the id') from None
-    except KeyError as e: raise DataError(path, f'is not a seed file ({e.args[0]})', 'Give a file written by mct_seeds') from None
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as e:
-        raise DataError(path, f'cannot be read as a seed file ({type(e).__name__})', 'Delete it and write the seeds again') from None
-    return _check_seed(path, classes, maps)
+    return _check_seed(path, *read_arrays(path, ('classes', 'maps'), 'seed', 'mct_seeds'))
 
 # %% ../nbs/22_seeds.ipynb #9c27e266
 def _done(path):
@@ -56,7 +50,7 @@ def _done(path):
     try:
         with zipfile.ZipFile(path) as z: names = set(z.namelist())
         return {'classes.npy', 'maps.npy'} <= names
-    except (OSError, zipfile.BadZipFile): return False
+    except Exception: return False                        # zipfile raises many kinds for damaged files
 
 # %% ../nbs/22_seeds.ipynb #452d6ac2
 def _short_side(size, scale=1., image_size=None):

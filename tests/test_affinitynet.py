@@ -97,7 +97,7 @@ def spoil(labels, what):
     elif what=='class out of range': save_crf_label(file, [7], p, p)
     else: np.savez(file, maps=p)
 
-@pytest.mark.parametrize('what,says', [('cut off', 'cannot be read'), ('other size', '48 x 30'), ('class out of range', 'class 7'), ('other file', 'not a label file')])
+@pytest.mark.parametrize('what,says', [('cut off', 'not a readable label file'), ('other size', '48 x 30'), ('class out of range', 'class 7'), ('other file', 'not a label file')])
 def test_bad_label_files(tmp_path, capfd, what, says):
     labels = write_labels(tmp_path/'labels'); spoil(labels, what)
     with pytest.raises(DataError, match=f's03.npz.*{says}'): train(labels, tmp_path/'run', epochs=1, holdout=0)

@@ -1,6 +1,7 @@
 "What the cells of 23_scores do not say: sizes and numbers of classes beyond toys, odd memory layouts, and that everything is read once"
 import numpy as np, pytest
 from mctformer_nb.core import DataError, save_mask
+from mctformer_nb import scores
 from mctformer_nb.scores import confusion, fixed_threshold, score_masks, seed_to_mask, sweep_threshold
 
 def seed(rng, C, k, size, levels=None):
@@ -51,8 +52,8 @@ def files(tmp_path):
     return tmp_path, Counting(items)
 
 def test_everything_is_read_once(files, monkeypatch):
-    folder, ds = files; opened = []; load = np.load
-    monkeypatch.setattr(np, 'load', lambda f, **kw: (opened.append(f), load(f, **kw))[1])
+    folder, ds = files; opened = []; read = scores.read_arrays
+    monkeypatch.setattr(scores, 'read_arrays', lambda f, *a: (opened.append(f), read(f, *a))[1])
     r = sweep_threshold(folder, ds)
     assert len(opened)==len(set(opened))==8 and sorted(ds.asked)==list(range(8)) and r.n_images==8
     assert len(r.thresholds)==60
