@@ -6,7 +6,7 @@
 __all__ = ['mct_demo', 'mct_prepare_voc', 'mct_train', 'mct_seeds', 'mct_score', 'mct_info', 'mct_convert']
 
 # %% ../nbs/60_cli.ipynb #c7d817f5
-import argparse, contextlib, json, os, shlex, sys, time
+import argparse, contextlib, json, logging, os, shlex, sys, time
 from pathlib import Path
 
 # %% ../nbs/60_cli.ipynb #2c135713
@@ -47,10 +47,14 @@ def _guarded(parser, a, body):
         return 2
 
 # %% ../nbs/60_cli.ipynb #37443227
+def _quiet():
+    "No page of retries where there is no network, no remarks on schedules of one epoch"
+    os.environ.setdefault('HF_HUB_VERBOSITY', 'error'); logging.getLogger('timm').setLevel(logging.ERROR)
+
 def _run(parser, argv, body):
     "Parse `argv` (default: the command line), call `body` with the result, write JSON -> exit status"
     a = parser.parse_args(argv); a.outcome, a.next, a.start = {}, None, time.monotonic()
-    if not a.debug: os.environ.setdefault('HF_HUB_VERBOSITY', 'error')     # no page of retries when there is no network
+    if not a.debug: _quiet()
     from mctformer_nb.core import _plain, log_progress, write_json
     with log_progress(30), contextlib.redirect_stdout(sys.stderr) if a.json=='-' else contextlib.nullcontext(): status = _guarded(parser, a, body)
     found = dict(a.outcome, command=parser.prog, status=status, next=a.next); found.setdefault('seconds', round(time.monotonic()-a.start, 2))
@@ -94,8 +98,12 @@ def _training_data(a, split):
     from mctformer_nb.datasets import get_dataset
     if not a.skip_bad: return get_dataset(a.data, split)
     ds = get_dataset(a.data, split, on_bad='skip').readable()
-    for _,problem in ds.bad: print(f'left out: {problem}', file=sys.stderr)
+    for line in _named(ds.bad): print(f'left out: {line}', file=sys.stderr)
     return ds
+
+def _named(bad):
+    "One line a problem, each with the name of what it is about"
+    return list(dict.fromkeys(problem if str(id) in problem else f'{id}: {problem}' for id,problem in bad))
 
 def _next(a, command, **options):
     "Print the command to go on with"
@@ -234,7 +242,7 @@ def _trained(a):
     names = dict(train_loss='loss', valid_loss='validation loss', map_cls='mAP {:.1f}', map_patch='mAP of patches {:.1f}', miou='mIoU {:.1f}')
     what = [names[k].format(v) if '{' in names[k] else f'{names[k]} {v:.4f}' for k,v in last.items() if k in names]
     a.outcome = dict(run=str(a.out), epochs=len(h), **last, training_seconds=float(h.seconds.sum()))
-    print(f"done in {_took(a)}: {a.out}, {len(h)} epochs, {', '.join(what)}; mct_report {shlex.quote(str(a.out))} shows it")
+    print(f"done in {_took(a)}: {a.out}, {len(h)} epoch{'s'*(len(h)>1)}, {', '.join(what)}; mct_report {shlex.quote(str(a.out))} shows it")
 
 # %% ../nbs/60_cli.ipynb #302eeada
 def _check_classes(config, ds, run):
@@ -294,8 +302,8 @@ def _seeds(a):
 def _bad_files(bad):
     "List what could not be used -> exit status"
     if not bad: return 0
-    lines = dict.fromkeys(problem if str(id) in problem else f'{id}: {problem}' for id,problem in bad)
-    print(f'{len(lines)} bad files were left out, everything else is done:', *(f'  {l}' for l in lines), sep='\n', file=sys.stderr)
+    lines = _named(bad)
+    print(f'{len(lines)} bad file{"s were" if len(lines)>1 else " was"} left out, everything else is done:', *(f'  {l}' for l in lines), sep='\n', file=sys.stderr)
     return 1
 
 # %% ../nbs/60_cli.ipynb #074eab2c

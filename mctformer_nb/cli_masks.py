@@ -189,7 +189,7 @@ def _segment(a):
     ds = get_dataset(a.data, a.split, on_bad='skip') if a.data else a.photos
     a.out = a.out or Path(a.run)/'masks'
     r = segment_dataset(a.run, ds, a.out, overlays=a.overlays, **_infer_options(a))
-    status = _report(r, 'masks', a, ds)
+    status = _report(r, 'masks', a)
     if a.archive and not status: packed = voc_archive(a.out, ds, a.archive); print(f'{packed.images} masks packed in {packed.path}')
     if a.data and not status and ds.has_masks: _next(a, 'mct_score', pred=a.out, data=a.data, split=a.split)
     return status

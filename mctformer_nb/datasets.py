@@ -464,8 +464,8 @@ def _find_photo(name, photos, folder, where):
     raise DataError(where, f'there is no photo {name!r} in {folder}', 'Correct the name or delete the line')
 
 # %% ../nbs/02_datasets.ipynb #87097751
-def _rows(path, bad=None):
-    "[(line, image, [label names])] of labels.csv"
+def _rows(path):
+    "[(line, image, [label names], complaint or '')] of labels.csv"
     reader = csv.reader(io.StringIO(_text(path), newline='')); rows = []
     try:
         head = [h.strip().lower() for h in next(reader, [])]
@@ -473,9 +473,7 @@ def _rows(path, bad=None):
         for r in reader:
             if not any(c.strip() for c in r): continue
             get = dict(zip(head, r)); labels = [l.strip() for l in get.get('labels','').split(';') if l.strip()]
-            with _noted(bad, name := get.get('image','').strip()):
-                if len(r)>len(head): raise DataError(f'{path}, line {reader.line_num}', f'has {len(r)} columns, the header {len(head)}', "Separate labels by ';', and quote names that hold a comma")
-                rows.append((reader.line_num, name, labels))
+            rows.append((reader.line_num, get.get('image', '').strip(), labels, f'has {len(r)} columns, the header {len(head)}' if len(r)>len(head) else ''))
     except csv.Error as e: raise DataError(f'{path}, line {reader.line_num}', f'is not CSV ({e})', 'Save the table as plain CSV') from None
     if not rows: raise DataError(path, 'holds no image', "Write one line an image: name.jpg,cat;dog")
     return rows
@@ -483,15 +481,16 @@ def _rows(path, bad=None):
 # %% ../nbs/02_datasets.ipynb #8d7388f8
 def _table(path, photos, folder, classes, source, bad=None):
     "{id: class indices} of labels.csv, and the class names, which are its labels if there is no `classes`"
-    rows,seen = _rows(path, bad),{}
-    if not classes: classes, source = sorted({l for _,_,ls in rows for l in ls}), path
+    rows,seen = _rows(path),{}
+    if not classes: classes, source = sorted({l for _,_,ls,_ in rows for l in ls}), path
     if not classes: raise DataError(path, 'no image has a label', "Write labels into the second column, or the class names into classes.txt")
     labels = {}
-    for line,name,ls in rows:
+    for line,name,ls,odd in rows:
         where = f'{path}, line {line}'
         with _noted(bad, name):
             id = _find_photo(name, photos, folder, where)
             with _noted(bad, id):
+                if odd: raise DataError(where, odd, "Separate labels by ';', and quote names that hold a comma")
                 if id in seen: raise DataError(where, f'{name!r} is already in line {seen[id]}', 'Keep one line an image, with all its labels')
                 seen[id],labels[id] = line, {_index(l, classes, where, source) for l in ls}
     return labels, classes

@@ -126,15 +126,16 @@ def photo_dataset(
     classes:list=(), # names of the model's classes
 )->Dataset: # no labels, no masks; the id of a photo is its name without suffix
     "Any photos as a data set. Raises `DataError` if there are none."
+    bad = []
     if isinstance(photos, (str, Path)) and not Path(photos).is_file():
         if not Path(photos).is_dir(): raise DataError(photos, 'there is no such folder', 'Give a folder of photos, or a data set as KIND:PATH')
-        paths = _photo_files(Path(photos))
+        paths = _photo_files(Path(photos), bad); paths = {id: p for id,p in paths.items() if id not in dict(bad)}
     else:
         paths = {}
         for p in map(Path, [photos] if isinstance(photos, (str, Path)) else photos):
             same = sum(q.stem==p.stem for q in paths.values()); paths[f'{p.stem}_{same+1}' if same else p.stem] = p
     if not paths: raise DataError('photos', 'none were given', 'Give at least one file')
-    return Dataset('photos', list(classes), list(paths), 'all', partial(_photo, paths), partial(_photo_size, paths), _no_labels)
+    return Dataset('photos', list(classes), list(paths), 'all', partial(_photo, paths), partial(_photo_size, paths), _no_labels, bad=bad)
 
 def _no_labels(id): return ()
 
@@ -169,7 +170,7 @@ def _run(predict, ds, out, crf, longest=None, overlays=False, scores=False, work
     "Do what is not done yet -> counts and [(id, problem)]"
     files = {id: _files(out, id, overlays, scores) for id in ds.ids}
     todo = {id: f for id,f in files.items() if not _is_done(f)}
-    r = AttrDict(folder=str(out), written=0, skipped=len(ds)-len(todo), bad=[])
+    r = AttrDict(folder=str(out), written=0, skipped=len(ds)-len(todo), bad=list(ds.bad))
     workers = min(cores() if workers is None else workers, len(todo)) if crf else 1
     for id,problem in zip(todo, progress(run_pool(partial(_write_mask, crf), _items(predict, ds, todo, longest), workers), 'photos', len(todo))):
         if problem: r.bad.append((id, problem))
