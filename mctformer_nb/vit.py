@@ -238,4 +238,4 @@ def _create(name, pretrained, **kwargs):
     except Exception as e:
         what = 'its pretrained weights cannot be had' if pretrained else 'timm cannot build it'
         raise DataError(f'backbone {name}: {what} ({type(e).__name__}: {str(e)[:200]}). '
-                        + ('Without a network, give pretrained= the path of a weight file.' if pretrained else 'Check the arguments.')) from e
+                        + ('Without a network, give the path of a weight file as pretrained=, on the command line --pretrained FILE or --recipe quick.' if pretrained else 'Check the arguments.')) from e

@@ -1,5 +1,5 @@
 "The commands as a user types them: help, exit statuses, one-line errors, and the chain from photos to scores"
-import json, os, signal, subprocess, sys, time
+import json, os, shlex, signal, subprocess, sys, time
 import numpy as np, pytest
 from PIL import Image
 from mctformer_nb import cli
@@ -72,7 +72,7 @@ def test_bad_photo_ends_with_status_1(here, capsys, tmp_path):
     argv = ['--run', 'run', '--data', f'folder:{tmp_path/"data"}', '--out', str(tmp_path/'seeds'), '--device', 'cpu', '--json', str(tmp_path/'r.json')]
     assert cli.mct_seeds(argv) == 1
     err = capsys.readouterr().err
-    assert '1 bad files' in err and 'p5.jpg' in err and len(list((tmp_path/'seeds').glob('*.npz'))) == 7
+    assert '1 bad file was left out' in err and 'p5.jpg' in err and len(list((tmp_path/'seeds').glob('*.npz'))) == 7
     assert json.loads((tmp_path/'r.json').read_text())['train']['bad'][0][0] == 'p5'
     argv = ['--pred', str(tmp_path/'seeds'), '--data', f'folder:{tmp_path/"data"}']
     fails('mct_score', argv, capsys, '1 of 8', 'p5')
@@ -133,4 +133,46 @@ def test_ctrl_c_in_a_shell(here, root):
 
 def test_info_json(here):
     assert cli.mct_info(['--variant', 'v2', '--num-classes', '80', '--json', 'i.json']) == 0
-    assert set(json.loads((here/'i.json').read_text())) == {'v2'}
+    found = json.loads((here/'i.json').read_text())
+    assert found['v2']['params'] > 2e7 and 'v1' not in found and found['command'] == 'mct_info' and found['status'] == 0
+
+def test_json_to_stdout(here, capsys):
+    "With `--json -`, stdout is JSON and nothing else, also for an error"
+    assert cli.mct_seeds([*SEEDS[:4], '--out', 'seeds_j', '--device', 'cpu', '--json', '-']) == 0
+    out, err = capsys.readouterr(); found = json.loads(out)
+    assert found['train']['written'] == 8 and found['next'] == 'mct_score --pred seeds_j --data folder:data --split train --json seeds.json' and found['seconds'] >= 0
+    assert 'done in' in err and f'next: {found["next"]}' in err
+    assert cli.mct_seeds(['--run', 'gone', '--data', 'folder:data', '--json', '-']) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found['status'] == 2 and 'gone' in found['error']
+    assert cli.mct_seeds(['--run', 'gone', '--data', 'folder:data', '--json', 'error.json']) == 2 and not (here/'error.json').exists()
+
+def test_following_the_hints(here, capsys):
+    "The chain by its own hints and default folders, from the first command on"
+    from mctformer_nb import cli_masks
+    argv = [*TRAIN, '--out', 'hints']
+    line = 'mct_train ' + ' '.join(argv); seen = []
+    while line and len(seen) < 4:
+        name, *argv = shlex.split(line); seen.append(name); command = getattr(cli, name, None) or getattr(cli_masks, name)
+        argv = [a for i,a in enumerate(argv) if '--json' not in argv[max(0, i-1):i+1]]           # the hint's own file
+        assert command([*argv, *(['--workers', '1'] if name == 'mct_crf_labels' else []), '--json', f'{name}.out']) == 0, capsys.readouterr().err
+        line = json.loads((here/f'{name}.out').read_text())['next']
+    assert seen == ['mct_train', 'mct_seeds', 'mct_score', 'mct_crf_labels']
+    assert line == 'mct_affinity --labels hints/labels --data folder:data --split train' and len(list((here/'hints/labels').glob('*.npz'))) == 8
+
+def test_recipes():
+    "What is given wins over the recipe; drawn data take the quick one unless told otherwise"
+    import argparse
+    made = lambda data, **kw: (a := argparse.Namespace(data=data, **dict(dict(recipe=None, backbone=None, epochs=None, lr_mult=None), **kw)), cli._recipe(a, 'train', dict(backbone='deit_small_patch16_224', epochs=60)))[0]
+    assert (made('folder:x').backbone, made('folder:x').epochs) == ('deit_small_patch16_224', 60)
+    quick = made('folder:x', recipe='quick', epochs=3)
+    assert (quick.backbone, quick.epochs, quick.image_size) == ('mct_tiny_patch8_96', 3, 96) and quick.lr_mult
+    assert made('mini').recipe == 'quick' and made('mini', recipe='reference').epochs == 60
+    other = made('mini', backbone='deit_tiny_patch16_224')
+    assert other.recipe == 'reference' and not other.lr_mult
+
+def test_reader_that_leaves(here, root):
+    "`| head -1` ends the command without a message"
+    code = 'import sys; from mctformer_nb import cli; sys.exit(cli.mct_info(["--variant", "v1"]))'
+    p = subprocess.run(['bash', '-c', f"'{sys.executable}' -u -c '{code}' | head -c 1 >/dev/null"], capture_output=True, text=True, cwd=root)
+    assert 'Traceback' not in p.stderr and 'Errno' not in p.stderr
