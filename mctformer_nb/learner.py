@@ -6,10 +6,10 @@
 __all__ = ['seed_of', 'seeded', 'EpochSampler', 'epoch_loader', 'make_dls', 'param_groups', 'CosineSchedule', 'PolySchedule',
            'KeepFrozen', 'Precision', 'plot_history', 'plain', 'data_fingerprint', 'open_run', 'fit_run']
 
-# %% ../nbs/09_learner.ipynb #aec3893d
-import hashlib, json, random, shutil, time
-from contextlib import contextmanager
-from functools import partial
+# %% ../nbs/09_learner.ipynb #01228783
+import hashlib, json, operator, os, random, shutil, time
+from contextlib import contextmanager, nullcontext
+from functools import partial, reduce
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback
@@ -17,12 +17,15 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
+from fastai.torch_core import to_detach
 from fastcore.basics import noop
 from matplotlib.figure import Figure
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
-from .core import DataError, atomic_path, progress, set_seed
+from .core import DataError, atomic_path, folder_lock, progress, set_seed
 from .datasets import Dataset
+from .ranks import barrier, connected, first_alone, gathered, my_part, rank, rank_mean, world
 
 # %% ../nbs/09_learner.ipynb #7af406d0
 def seed_of(
@@ -43,20 +46,30 @@ def seeded(
     try: yield
     finally: random.setstate(old[0]); np.random.set_state(old[1]); torch.set_rng_state(old[2])
 
-# %% ../nbs/09_learner.ipynb #77a2d7e2
+# %% ../nbs/09_learner.ipynb #836aff76
+def _slices(order, batch_size):
+    "This process's slice of every full batch of `order`; a shorter single batch is one as well"
+    step = min(batch_size, len(order))//world()*world()
+    if batch_size%world(): raise DataError('batch size', f'{batch_size} cannot be divided among {world()} processes', f'Use a multiple of {world()}')
+    if not step: raise DataError('data', f'{len(order)} samples for {world()} processes', 'Start fewer')
+    return np.reshape(order[:len(order)//step*step], (-1, world(), step//world()))[:, rank()].ravel()      # (batches, processes, share)
+
+# %% ../nbs/09_learner.ipynb #1f586c45
 class EpochSampler(torch.utils.data.Sampler):
     "(position, epoch) of `n` samples; the order is a function of (seed, epoch). `epoch` is set before each epoch."
     def __init__(self,
         n:int, # samples
         seed:int=0, # of the order
         shuffle:bool=True, # False: in order
-    ): self.n,self.seed,self.shuffle,self.epoch = n,seed,shuffle,0
-    def __len__(self): return self.n
+        batch_size:int=None, # of all processes together: each gets its slice of every full batch; None: each gets every `world()`-th sample
+    ): self.n,self.seed,self.shuffle,self.batch_size,self.epoch = n,seed,shuffle,batch_size,0
+    def mine(self, order): return my_part(order) if self.batch_size is None else _slices(order, self.batch_size)
+    def __len__(self): return len(self.mine(range(self.n)))
     def __iter__(self):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n) if self.shuffle else range(self.n)
-        return ((int(i), self.epoch) for i in order)
+        return ((int(i), self.epoch) for i in self.mine(order))
 
-# %% ../nbs/09_learner.ipynb #f585e884
+# %% ../nbs/09_learner.ipynb #d5b1d00f
 def _collate(samples):
     "Batch of the samples that could be read"
     samples = [s for s in samples if s is not None]
@@ -65,14 +78,15 @@ def _collate(samples):
 
 def epoch_loader(
     samples:torch.utils.data.Dataset, # `samples[position, epoch]` gives a tuple of tensors, or None for one that cannot be read
-    batch_size:int, # samples a batch
+    batch_size:int, # samples a batch, in all processes together
     workers:int=0, # processes that load; 0 loads in the training process
     seed:int=0, # of the order
     train:bool=True, # shuffled, and an incomplete last batch is dropped
 ) -> DataLoader: # its `sampler.epoch` chooses the epoch
     "Loader over samples whose random numbers depend on the epoch"
-    return DataLoader(samples, batch_size, sampler=EpochSampler(len(samples), seed, shuffle=train), num_workers=workers, collate_fn=_collate,
-                      drop_last=train and len(samples)>batch_size, pin_memory=torch.cuda.is_available(), persistent_workers=workers>0,
+    sampler = EpochSampler(len(samples), seed, train, batch_size if train else None)
+    return DataLoader(samples, max(1, batch_size//world()), sampler=sampler, num_workers=workers, collate_fn=_collate,
+                      pin_memory=torch.cuda.is_available(), persistent_workers=workers>0,
                       generator=torch.Generator())       # its own, or else the loader would draw from the global one
 
 # %% ../nbs/09_learner.ipynb #da3bd9a7
@@ -141,11 +155,11 @@ class PolySchedule(_Schedule):
     ): self.power = power
     def before_fit(self): self.curve = PolyLRScheduler(self.opt.opt, self.n_epoch, power=self.power, lr_min=0.)
 
-# %% ../nbs/09_learner.ipynb #825d85cb
+# %% ../nbs/09_learner.ipynb #c36ec685
 class _Seeds(Callback):
     "Order of samples and dropped paths as a function of (seed, epoch)"
     def __init__(self, seed): self.seed = seed
-    def before_train(self): set_seed(seed_of(self.seed, self.epoch)); self.dls.train.sampler.epoch = self.epoch
+    def before_train(self): set_seed(seed_of(self.seed, self.epoch, *[rank()]*(rank()>0))); self.dls.train.sampler.epoch = self.epoch
 
 class KeepFrozen(Callback):
     "Modules whose parameters are all frozen stay in evaluation mode"
@@ -186,6 +200,30 @@ def plot_history(
     b.set(xlabel='epoch', ylabel='%', ylim=(0, 103)); b.set_visible(bool(metrics))
     if metrics: b.legend(frameon=False, fontsize=8)
     return fig
+
+# %% ../nbs/09_learner.ipynb #b9f990b5
+def _merge(metrics):
+    "Put the states of metrics of all processes together"
+    for m in metrics:
+        names = getattr(m, 'shared', ('total', 'count') if hasattr(m, 'total') else ())
+        if not names: raise DataError(f'metric {m.name}', 'cannot be put together from several processes', 'Name its numbers in `shared`, or train in one process')
+        for n in names: setattr(m, n, reduce(operator.add, gathered(getattr(m, n))))
+
+# %% ../nbs/09_learner.ipynb #a96ef28d
+def _bare(model): return model.module if isinstance(model, DistributedDataParallel) else model
+
+def _spread(learn):
+    "Train `learn` in all processes together; its loaders are divided already"
+    try: from accelerate import DistributedDataParallelKwargs; from fastai.distributed import DistributedTrainer
+    except (ImportError, NameError): raise DataError('training in several processes', 'needs the package accelerate', "pip install 'mctformer_nb[distributed]'") from None
+    class Ranks(DistributedTrainer):
+        def _wrap_dl(self, dl): return dl
+        def before_validate(self):
+            if len(self.dl): self.dl.to_detach = lambda b, cpu=True, gather=True: to_detach(b, cpu, False)
+            self.whole = self.learn.model; self.learn.model = _bare(self.whole)          # parts differ in length, so nobody waits for others
+        def after_validate(self): self.learn.model = self.whole; _merge([self.learn.recorder.loss, *self.learn.metrics])
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)                  # of a backbone that is not used to its end
+    learn.add_cb(Ranks(sync_bn=False, cpu=learn.dls.device.type=='cpu', kwargs_handlers=[unused]))
 
 # %% ../nbs/09_learner.ipynb #ac395af3
 def plain(
@@ -229,7 +267,7 @@ def open_run(
 def _save_state(out, state, settings, **weights):
     with atomic_path(Path(out)/'resume.pt') as p: torch.save(dict(state, settings=json.dumps(settings), **weights), p)
 
-# %% ../nbs/09_learner.ipynb #15291f48
+# %% ../nbs/09_learner.ipynb #9f3e53eb
 class _RunFolder(Callback):
     "After each epoch: history, model, best model and the state to resume from, in the run folder `out`"
     order = 90
@@ -243,15 +281,15 @@ class _RunFolder(Callback):
     def after_epoch(self):
         if self.epoch < self.state['epoch']: return                       # an epoch that was done before the run was resumed
         now = next(cb.now for cb in self.learn.cbs if isinstance(cb, _Schedule))
-        row = dict(epoch=self.epoch+1, train_loss=float(torch.stack(self.sums).mean()), **_validation(self.learn), lr=now, seconds=round(time.time()-self.began, 2))
+        row = dict(epoch=self.epoch+1, train_loss=float(rank_mean(torch.stack(self.sums)).mean()), **_validation(self.learn), lr=now, seconds=round(time.time()-self.began, 2))
         self.state |= dict(epoch=self.epoch+1, history=self.state['history']+[row])
-        self.write(row); self.log(_line(self.state['history'], self.n_epoch))
-    def write(self, row):
+        if not rank(): self.write(row, _bare(self.model)); self.log(_line(self.state['history'], self.n_epoch))
+    def write(self, row, model):
         with atomic_path(self.out/'history.csv') as p: pd.DataFrame(self.state['history']).to_csv(p, index=False, float_format='%.7g')
         config = dict(self.config, epoch=row['epoch'], metrics={k: row[k] for k in ['valid_loss', *_columns(row)]})
-        self.keep(self.model, self.out, **config)
-        if self.metric and row[self.metric] > self.state['best']: self.keep(self.model, self.out/'best', **config); self.state['best'] = row[self.metric]
-        weights = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), scaler=self.learn.scaler.state_dict() if hasattr(self.learn, 'scaler') else {})
+        self.keep(model, self.out, **config)
+        if self.metric and row[self.metric] > self.state['best']: self.keep(model, self.out/'best', **config); self.state['best'] = row[self.metric]
+        weights = dict(model=model.state_dict(), opt=self.opt.opt.state_dict(), scaler=self.learn.scaler.state_dict() if hasattr(self.learn, 'scaler') else {})
         _save_state(self.out, self.state, self.settings, **({} if row['epoch']==self.n_epoch else weights))     # a finished run needs none
 
 # %% ../nbs/09_learner.ipynb #0e8b7365
@@ -265,7 +303,7 @@ def _line(history, epochs):
     measured = [f'{n} {row[k]:{f}}' for k,n,f in [('valid_loss', 'valid', '.4f'), *((c, c, '.1f') for c in _columns(row))] if row[k]==row[k]]
     return '  '.join([f"epoch {row['epoch']}/{epochs}", f"loss {row['train_loss']:.4f}", *measured, f"lr {row['lr']:.1e}", f"{row['seconds']:.0f} s, {left/60:.0f} min left"])
 
-# %% ../nbs/09_learner.ipynb #a655194c
+# %% ../nbs/09_learner.ipynb #e3cce51e
 def _start(learn, state):
     "Put weights and optimiser of `state` into the learner, if there are any"
     learn.remove_cb(ProgressCallback); learn.logger = noop                # the run folder reports
@@ -275,11 +313,24 @@ def _start(learn, state):
 
 def _finish(out, prior):
     "Draw the curves of a finished run, if that is not done; returns the folder"
-    if not (file := out/'figures'/'loss.png').exists():
+    if not (file := out/'figures'/'loss.png').exists() and not rank():
         with atomic_path(file) as p: plot_history(out, prior).savefig(p)
     return out
 
-# %% ../nbs/09_learner.ipynb #fac89c27
+# %% ../nbs/09_learner.ipynb #ccb887c3
+def _train(out, epochs, settings, make, saver, seed):
+    "The epochs that are not done yet"
+    state = saver.state
+    if world()>1 and not torch.distributed.is_initialized(): raise DataError('training in several processes', 'they do not know where to meet', 'Start them with torchrun or accelerate launch')
+    set_seed(seed_of(seed)); learn = make('model' not in state)
+    if not rank() and 'model' not in state: _save_state(out, state, settings)      # only now: a start that fails leaves no run behind
+    learn.add_cbs([_Seeds(seed), KeepFrozen(), *[_Bar()]*(not rank()), saver]); _start(learn, state)
+    if world()>1: _spread(learn)
+    try: learn.fit(epochs, start_epoch=state['epoch'])
+    except KeyboardInterrupt:
+        saver.log(f"{out}: stopped in epoch {state['epoch']+1}. The same command goes on from epoch {state['epoch']}."); raise
+
+# %% ../nbs/09_learner.ipynb #0de27b36
 def fit_run(
     out:str|Path, # run folder
     epochs:int, # passes over the data
@@ -294,13 +345,10 @@ def fit_run(
     log:callable=partial(print, flush=True), # receives one line per epoch
 ) -> Path: # the run folder
     "Train into a run folder, or go on with the run that is there. Raises `DataError`."
-    out, state = Path(out), open_run(out, settings | dict(epochs=epochs, seed=seed), fresh)
-    if state['epoch']>=epochs: log(f"{out}: finished after {state['epoch']} epochs, nothing to do. Use --fresh to train again."); return _finish(out, prior)
-    set_seed(seed_of(seed)); learn = make('model' not in state)
-    saver = _RunFolder(out, settings | dict(epochs=epochs, seed=seed), config or {}, state, save, best, log)
-    if 'model' not in state: _save_state(out, state, settings | dict(epochs=epochs, seed=seed))   # only now: a start that fails leaves no run behind
-    learn.add_cbs([_Seeds(seed), KeepFrozen(), _Bar(), saver])
-    try: _start(learn, state).fit(epochs, start_epoch=state['epoch'])
-    except KeyboardInterrupt:
-        log(f"{out}: stopped in epoch {state['epoch']+1}. The same command goes on from epoch {state['epoch']}."); raise
-    return _finish(out, prior)
+    out, settings, log = Path(out), settings | dict(epochs=epochs, seed=seed), noop if rank() else log
+    with connected(), nullcontext() if rank() else folder_lock(out):
+        with first_alone(): state = open_run(out, settings, fresh and not rank())
+        barrier()                                                 # nobody cleans up once the first one writes
+        if state['epoch']>=epochs: log(f"{out}: finished after {state['epoch']} epochs, nothing to do. Use --fresh to train again.")
+        else: _train(out, epochs, settings, make, _RunFolder(out, settings, config or {}, state, save, best, log), seed)
+        return _finish(out, prior)

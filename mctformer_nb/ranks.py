@@ -51,24 +51,22 @@ def local_device(
     if device!='cuda' or world()==1: return device
     return f'cuda:{_env("LOCAL_RANK", rank()) % max(1, torch.cuda.device_count())}'
 
-# %% ../nbs/03_ranks.ipynb #03618324
+# %% ../nbs/03_ranks.ipynb #21f44fc4
 @contextmanager
-def connected(
-    device:str='cpu', # on which tensors will be exchanged
-):
+def connected():
     "A line between all processes while the block runs, if there are several and they know where to meet"
     if world()==1 or not os.environ.get('MASTER_ADDR') or dist.is_initialized(): yield; return
     rank()                                                    # a wrong number shows before anybody waits for it
-    cuda = str(device).startswith('cuda')
-    if cuda: torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(days=7))    # parts may take hours longer than others
+    cuda = torch.cuda.is_available()
+    if cuda: torch.cuda.set_device(local_device())
+    dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(days=7))    # parts may take hours longer than others
     yield
     barrier(); dist.destroy_process_group()
 
-# %% ../nbs/03_ranks.ipynb #253fdec9
+# %% ../nbs/03_ranks.ipynb #d8bc846f
 def barrier():
     "Wait for all processes; does nothing without a line to them"
-    if dist.is_initialized(): dist.barrier()
+    if dist.is_initialized(): dist.all_reduce(torch.zeros(1))          # over gloo, also where there are GPUs
 
 # %% ../nbs/03_ranks.ipynb #61b87435
 def gathered(
