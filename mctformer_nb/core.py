@@ -8,7 +8,7 @@ __all__ = ['VOC_CLASSES', 'DataError', 'voc_palette', 'colorize', 'overlay', 'le
            'log_progress', 'progress']
 
 # %% ../nbs/00_core.ipynb #83e975c4
-import json, math, os, random, shutil, sys, tempfile, zipfile
+import json, math, os, random, shutil, sys, tempfile, time, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -92,33 +92,46 @@ def atomic_path(
     try:
         yield tmp/path.name
         os.replace(tmp/path.name, path)
+    except Exception as e:                                  # torch and safetensors have errors of their own for a full disk
+        if isinstance(e, OSError) or not any(w in str(e) for w in ('inline_container', 'PytorchStreamWriter', 'I/O error')): raise
+        raise OSError(f'{path}: could not be written to its end, perhaps the disk is full ({str(e).splitlines()[0]})') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #3cf7f9d9
 try: import fcntl
 except ImportError: fcntl = None                            # Windows has no such locks: there, the user is the one who takes care
 _held = set()                                               # descriptors of the folders that this process holds
-if fcntl: os.register_at_fork(after_in_child=lambda: [os.close(fd) for fd in _held])
+if fcntl: os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in list(_held)])
+
+def _locked(fd, shared, wait):
+    "Lock the open folder `fd`, or False if others do not give it back within `wait` seconds"
+    end = time.monotonic()+wait
+    while True:
+        try: fcntl.flock(fd, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX)); return True
+        except BlockingIOError:
+            if time.monotonic()>=end: return False
+            time.sleep(.05)
+        except OSError: return True                         # some network file systems have no locks
 
 # %% ../nbs/00_core.ipynb #f2aa7f37
 @contextmanager
 def folder_lock(
     folder:str|Path, # made if needed; removed again if the block fails and left it empty
     shared:bool=False, # others may share it too, but nobody have it alone
+    wait:float=2, # seconds until giving up: others may hold it for a moment, to tidy up
 ):
     "Hold `folder` while the block runs; `DataError` if another process holds it"
     folder = Path(folder); new = not folder.exists(); folder.mkdir(parents=True, exist_ok=True)
     if not fcntl: yield; return
     fd = os.open(folder, os.O_RDONLY); _held.add(fd)
     try:
-        try: fcntl.flock(fd, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
-        except BlockingIOError: raise DataError(folder, 'another process is writing there', 'Wait until it has ended, or choose another folder') from None
-        except OSError: pass                                # some network file systems have no locks
+        if not _locked(fd, shared, wait): raise DataError(folder, 'another process is writing there', 'Wait until it has ended, or choose another folder')
         try: yield
         except BaseException:
             if new and not any(folder.iterdir()): folder.rmdir()
             raise
-    finally: _held.discard(fd); os.close(fd)
+    finally:
+        if fd in _held: _held.discard(fd); os.close(fd)
 
 # %% ../nbs/00_core.ipynb #e7791997
 def _npy(z, info, limit):

@@ -125,26 +125,33 @@ def claim_folder(
     overwrite:bool=False, # throw away the files of these images; under other settings all of them
 ):
     "Make `folder` ready for files under `settings`; `DataError` if it holds those of another run"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); sweep_folder(folder)
-    old, mine = read_json(folder/note) if (folder/note).exists() else None, [folder/f'{id}{suffix}' for id in ids]
-    differ = [] if old is None else [f'{k} was {old.get(k)}, now {v}' for k,v in settings.items() if old.get(k)!=v]
-    orphan = old is None and any(p.exists() for p in mine)
-    if (differ or orphan) and not overwrite:
-        raise DataError(folder, f'holds files of another run ({"; ".join(differ) or f"without {note}"})', 'Choose another folder, or pass overwrite=True (--overwrite) to write them anew')
-    if overwrite:
-        for p in (set(folder.rglob(f'*{suffix}')) if differ else set()) | set(mine): p.unlink(missing_ok=True)
-    write_json(folder/note, settings)
+    folder = Path(folder); sweep_folder(folder)
+    with folder_lock(folder, shared=not overwrite):         # nothing is thrown away under the hands of another process
+        old, mine = read_json(folder/note) if (folder/note).exists() else None, [folder/f'{id}{suffix}' for id in ids]
+        if old is not None and not isinstance(old, dict): raise DataError(folder/note, 'is not a list of settings', 'Choose another folder, or delete this one')
+        differ = [] if old is None else [f'{k} was {old.get(k)}, now {v}' for k,v in settings.items() if old.get(k)!=v]
+        orphan = old is None and any(p.exists() for p in mine)
+        if (differ or orphan) and not overwrite:
+            raise DataError(folder, f'holds files of another run ({"; ".join(differ) or f"without {note}"})', 'Choose another folder, or pass overwrite=True (--overwrite) to write them anew')
+        if overwrite:
+            for p in (set(folder.rglob(f'*{suffix}')) if differ else set()) | set(mine): p.unlink(missing_ok=True)
+        write_json(folder/note, settings)
 
 # %% ../nbs/24_crf.ipynb #a6719be0
 def sweep_folder(
     folder:Path, # to clean
-    age:float=60, # seconds; younger ones may belong to a process at work
+    age:float=60, # seconds; where another process is at work, younger ones may belong to it
 ):
     "Remove temporary folders that a killed run left behind"
-    for p in folder.rglob('.tmp-*'):
-        try:
-            if time.time()-p.stat().st_mtime > age: shutil.rmtree(p)
-        except OSError: pass                                # another process was faster
+    if not Path(folder).is_dir(): return
+    def sweep(age):
+        for p in Path(folder).rglob('.tmp-*'):
+            try:
+                if time.time()-p.stat().st_mtime > age: shutil.rmtree(p)
+            except OSError: pass                            # another process was faster
+    try:
+        with folder_lock(folder, wait=0): sweep(-1)         # nobody else is here
+    except DataError: sweep(age)
 
 # %% ../nbs/24_crf.ipynb #27d220f2
 def cores(
@@ -245,9 +252,10 @@ def crf_labels(
     todo = [id for id in ds.ids if not _done(out/f'{id}.npz')]
     r = AttrDict(folder=str(out), written=0, skipped=len(ds)-len(todo), empty=0, bad=[])
     items, workers = ((out/f'{id}.npz', _read_pair(seeds, ds, id)) for id in todo), min(cores() if workers is None else workers, len(todo))
-    for id,got in zip(todo, progress(run_pool(partial(_label_one, how['alphas'], crf), items, workers), 'CRF labels', len(todo))):
-        if isinstance(got, str): r.bad.append((id, got))
-        else: r.written += 1; r.empty += got==0
+    with folder_lock(out, shared=True):
+        for id,got in zip(todo, progress(run_pool(partial(_label_one, how['alphas'], crf), items, workers), 'CRF labels', len(todo))):
+            if isinstance(got, str): r.bad.append((id, got))
+            else: r.written += 1; r.empty += got==0
     sweep_folder(out)
     return AttrDict(r, seconds=time.time()-start)
 

@@ -15,7 +15,7 @@ from fastcore.basics import AttrDict
 from PIL import Image
 from .affinitynet import pair_offsets, predict_affinity
 from .crf import _pydensecrf, dense_crf
-from .core import DataError, progress, read_json, save_mask, write_json
+from .core import DataError, folder_lock, progress, read_json, save_mask, write_json
 from .seeds import _ahead, _fingerprint, _say, _sweep, load_seed
 
 # %% ../nbs/31_random_walk.ipynb #894a9292
@@ -134,8 +134,8 @@ def _done(path):
 def _claim(folder, settings, ids, overwrite):
     "Make `folder` ready for masks under `settings`; `DataError` if it holds other ones"
     note, mine = folder/'_masks.json', [folder/f'{id}.png' for id in ids]
-    folder.mkdir(parents=True, exist_ok=True); _sweep(folder)
     old = read_json(note) if note.exists() else None
+    if old is not None and not isinstance(old, dict): raise DataError(note, 'is not a list of settings', 'Choose another folder, or delete this one')
     differ = [] if old is None else [f'{k} was {old.get(k)}, now {v}' for k,v in settings.items() if old.get(k)!=v]
     orphan = old is None and any(p.exists() for p in mine)
     if (differ or orphan) and not overwrite:
@@ -224,10 +224,11 @@ def make_masks(
     "Write one palette PNG a photo. Existing ones are skipped, unusable photos and seeds listed; `DataError` for what cannot work at all"
     start, seeds, out, stride = time.time(), Path(seeds_folder), Path(out), stride or getattr(net, 'stride', 8)
     settings = _settings(seeds, net, ds, background, alpha, beta, steps, stride, crf)
-    _claim(out, settings, ds.ids, overwrite)
+    _sweep(out)
+    with folder_lock(out, shared=not overwrite): _claim(out, settings, ds.ids, overwrite)      # nothing is thrown away under the hands of another process
     ids = [id for id in ds.ids if not _done(out/f'{id}.png')]
     how = {k: settings[k] for k in ('background', 'alpha', 'beta', 'steps', 'stride', 'crf')}
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    report = _run(ds, ids, seeds, out, _affinities(net, stride, device), how, workers)
+    with folder_lock(out, shared=True): report = _run(ds, ids, seeds, out, _affinities(net, stride, device), how, workers)
     _sweep(out)
     return AttrDict(report, skipped=len(ds)-len(ids), folder=str(out), seconds=time.time()-start)

@@ -112,17 +112,22 @@ def _fingerprint(model):
 
 def _sweep(folder, age=60):
     "Remove temporary folders that a killed run left behind"
-    for p in folder.rglob('.tmp-*'):
-        try:
-            if time.time()-p.stat().st_mtime > age: shutil.rmtree(p)
-        except OSError: pass                                # another process was faster
+    def sweep(age):
+        for p in folder.rglob('.tmp-*'):
+            try:
+                if time.time()-p.stat().st_mtime > age: shutil.rmtree(p)
+            except OSError: pass                            # another process was faster
+    if not folder.is_dir(): return
+    try:
+        with folder_lock(folder, wait=0): sweep(-1)         # nobody else is here
+    except DataError: sweep(age)                            # younger ones may belong to a process at work
 
 # %% ../nbs/22_seeds.ipynb #aa01464a
 def _claim(folder, settings, ids, overwrite):
     "Make `folder` ready for seeds under `settings`; `DataError` if it holds other ones"
     note, mine = folder/'_seeds.json', [folder/f'{id}.npz' for id in ids]
-    folder.mkdir(parents=True, exist_ok=True); _sweep(folder)
     old = read_json(note) if note.exists() else None
+    if old is not None and not isinstance(old, dict): raise DataError(note, 'is not a list of settings', 'Choose another folder, or delete this one')
     differ = [] if old is None else [f'{k} was {old.get(k)}, now {v}' for k,v in settings.items() if old.get(k)!=v]
     orphan = old is None and any(p.exists() for p in mine)
     if (differ or orphan) and not overwrite:
@@ -239,8 +244,9 @@ def extract_seeds(
     "Write one seed file an image. Existing ones are skipped, unreadable photos listed; `DataError` for what cannot work at all"
     start, out, device = time.time(), Path(out), torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     how = _settings(model, ds, kind, layers, refine, rule, scales, flip, image_size, labels, label_threshold)
-    _claim(out, how, ds.ids, overwrite)
-    with evaluating(model.to(device)): report = _run(model, ds, out, how, max(1, batch_size), device, workers)
+    _sweep(out)
+    with folder_lock(out, shared=not overwrite): _claim(out, how, ds.ids, overwrite)      # nothing is thrown away under the hands of another process
+    with evaluating(model.to(device)), folder_lock(out, shared=True): report = _run(model, ds, out, how, max(1, batch_size), device, workers)
     _sweep(out)
     return AttrDict(report, folder=str(out), seconds=time.time()-start)
 
