@@ -14,7 +14,7 @@ import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import AttrDict
 from PIL import Image
 from .attention import IMAGENET_MEAN, IMAGENET_STD, _check_request, evaluating, to_input
-from .core import DataError, atomic_path, open_mask, overlay, progress, read_json, voc_palette
+from .core import DataError, atomic_path, folder_lock, open_mask, overlay, progress, read_json, voc_palette
 from .crf import SEG_CRF, _pydensecrf, _write_mask, claim_folder, cores, refined_mask, run_pool, sweep_folder
 from .datasets import Dataset, _photo, _photo_files, _photo_size
 from .mctformer import MCTformer, load_run
@@ -211,7 +211,7 @@ def segment_dataset(
     if crf: _pydensecrf()
     how = dict(scales=scales, flip=bool(flip), window=window, image_size=image_size or cfg.image_size)
     claim_folder(out, '_segment.json', _plain_settings(net, names, crf, **how), ds.ids, '.png', overwrite)
-    with evaluating(net): r = _run(partial(_deeplab_view, net, names, how), ds, out, crf, overlays=overlays, workers=workers)
+    with evaluating(net), folder_lock(out, shared=True): r = _run(partial(_deeplab_view, net, names, how), ds, out, crf, overlays=overlays, workers=workers)
     return AttrDict(r, classes=names, seconds=time.time()-start)
 
 # %% ../nbs/42_segment.ipynb #59b4a3d8
@@ -336,7 +336,7 @@ def _predict(run, photos, out, crf, views, image_size, longest, mct, device, wor
     else: view, how = _mct_view, _mct_settings(net, cfg, image_size, *mct)
     claim_folder(out, '_predict.json', _plain_settings(net, names, crf, longest=longest, **how), ds.ids, '.png', overwrite)
     if not overwrite: _check_sources(ds, out)
-    with evaluating(net): r = _run(partial(view, net, names, how), ds, out, crf, longest, True, True, workers)
+    with evaluating(net), folder_lock(out, shared=True): r = _run(partial(view, net, names, how), ds, out, crf, longest, True, True, workers)
     return AttrDict(r, scores=_write_table(out, names, [i for i in ds.ids if i not in dict(r.bad)]), classes=names, seconds=time.time()-start)
 
 # %% ../nbs/42_segment.ipynb #08e4f538
