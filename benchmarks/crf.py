@@ -1,79 +1,65 @@
-"""The dense CRF: only the classes present against all 21, and label files of a data set with 1 and more processes. All ratios from one run.
+"""The dense CRF: `crf_labels` over the classes present and on several processes against one process and all 21 classes; how the cost grows with classes.
 
-    python benchmarks/crf.py [--width 500 --height 375] [--photos 6] [--workers 1 2] [--json results/bench_crf.json]
+    python benchmarks/crf.py [--photos 24] [--width 320 --height 240] [--workers 1 2] [--classes 1 2 3 5 20] [--json results/bench.json]
 
-Drawn scenes at the size of a VOC photo, seeds of k random classes, 10 iterations with PSA's parameters. Interleaved repeats, the smallest time counts."""
-import argparse, datetime, json, os, platform, subprocess, sys, tempfile, time
+Drawn scenes of the size of the VOC animals (1,483 photos of PASCAL VOC 2012, at most 320 pixels), with as many labels a photo as those have; seeds are soft discs; two CRFs a photo (a low and a high
+background), 10 iterations each with PSA's parameters. Several processes are timed by elapsed time, their start included, so that cores in use by others make them slower."""
+import tempfile
 from pathlib import Path
 import numpy as np
 from PIL import Image
-
-ROOT = Path(__file__).resolve().parents[1]; sys.path.insert(0, str(ROOT))
-from mctformer_nb.crf import crf_labels, dense_crf
+from _common import Report, by_turns, compare, parser
+from mctformer_nb.crf import REFERENCE_ALPHAS, add_background, crf_labels, dense_crf, load_crf_label, save_crf_label
 from mctformer_nb.datasets import Dataset
 from mctformer_nb.mini import draw_scene
+
+C, LABELS = 20, {1: 641, 2: 654, 3: 149, 4: 31, 5: 8}                                   # photos of the VOC animals by number of labels
 
 def photo(i, w, h): return np.asarray(Image.fromarray(draw_scene(i, size=max(w, h))[0]).crop((0, 0, w, h)))
 
 def blobs(i, k, w, h):
-    "Background and k soft discs (k+1,H,W)"
+    "k soft discs (k,H,W)"
     rng, (y, x) = np.random.default_rng(i), np.mgrid[:h, :w]
-    maps = np.stack([np.exp(-(((x-rng.uniform(0, w))**2+(y-rng.uniform(0, h))**2)/rng.uniform(.15, .3)**2/w**2)) for _ in range(k)])
-    return np.concatenate([(1-maps.max(0, keepdims=True)), maps]).astype(np.float32)
+    return np.stack([np.exp(-(((x-rng.uniform(0, w))**2+(y-rng.uniform(0, h))**2)/rng.uniform(.15, .3)**2/w**2)) for _ in range(k)]).astype(np.float16)
 
-def timed(f): t = time.perf_counter(); out = f(); return time.perf_counter()-t, out
+def full(classes, maps, alpha):
+    "All 21 rows, with the smallest probability where a class is absent"
+    p = np.full((C+1, *maps.shape[1:]), 1.01e-5, np.float32); p[[0, *(classes+1)]] = np.maximum(add_background(maps, alpha), 1.01e-5); return p
 
-def classes_present(a):
-    "Seconds with k+1 rows, and with 21 rows that are all above the floor"
-    image, rows = photo(0, a.width, a.height), []
-    probs = {k: blobs(0, k, a.width, a.height) for k in a.classes}
-    full = {k: np.maximum(np.concatenate([p, np.zeros((20-k, *p.shape[1:]), np.float32)]), 1.01e-5) for k,p in probs.items()}     # (21,H,W)
-    best = {}
-    for _ in range(a.repeats):
-        for k in a.classes:
-            for name,p in (('present', probs[k]), ('all', full[k])):
-                t, out = timed(lambda: dense_crf(image, p)); best[k, name] = min(best.get((k, name), (9e9,))[0], t), out
-    print('rows  seconds  of 21 rows  ratio  rows/21   largest difference', flush=True)
-    for k in a.classes:
-        (t, o), (T, O) = best[k, 'present'], best[k, 'all']; err = float(abs(O[:k+1]-o).max())
-        rows.append(dict(row=f'{k+1} of 21 rows, {a.width} x {a.height}', seconds=round(t, 3), seconds_all=round(T, 3), time_ratio=round(t/T, 4), max_difference=err))
-        print(f'{k+1:4d} {t:8.2f} {T:11.2f} {t/T:6.2f} {(k+1)/21:8.2f}   {err:.1e}', flush=True)
-    return rows
+def plain(ds, seeds, out):
+    out.mkdir(exist_ok=True)
+    for id in ds.ids:
+        with np.load(seeds/f'{id}.npz') as f: classes, maps = f['classes'], f['maps']
+        low, high = (dense_crf(ds.image(id), full(classes, maps, a)) for a in REFERENCE_ALPHAS)
+        keep = [0, *(classes+1)]; save_crf_label(out/f'{id}.npz', classes, low[keep], high[keep])
 
-def _image(a, id): return Image.fromarray(photo(int(id), a.width, a.height))
-
-def data_set(a): return Dataset('drawn', [str(i) for i in range(20)], [str(i) for i in range(a.photos)], 'all', lambda id: _image(a, id), lambda id: (a.width, a.height), lambda id: [0, 1])
-
-def processes(a):
-    "Seconds of `crf_labels` over a few photos with each number of processes, started afresh each time"
-    ds, best = data_set(a), {}; images = {id: ds.image(id) for id in ds.ids}; ds.get_image = images.__getitem__
+def data_set(a, report):
+    n = np.array([k for k,m in LABELS.items() for _ in range(m)])[np.linspace(0, sum(LABELS.values())-1, a.photos).round().astype(int)]   # the same shares
+    images = {str(i): Image.fromarray(photo(i, a.width, a.height)) for i in range(a.photos)}
+    ds = Dataset('drawn', [str(i) for i in range(C)], list(images), 'all', images.__getitem__, lambda id: (a.width, a.height), lambda id: list(range(n[int(id)])))
     with tempfile.TemporaryDirectory() as d:
-        for id in ds.ids: np.savez(f'{d}/{id}.npz', classes=np.array([0, 1]), maps=blobs(int(id), 2, a.width, a.height)[1:].astype(np.float16))
-        for _ in range(a.repeats):
-            for n in a.workers:
-                r = crf_labels(d, ds, f'{d}/labels', workers=n, overwrite=True); assert not r.bad, r.bad
-                best[n] = min(best.get(n, 9e9), r.seconds)
-    print('\nprocesses  seconds a photo  speed-up', flush=True)
-    for n in a.workers: print(f'{n:9d} {best[n]/a.photos:16.2f} {best[a.workers[0]]/best[n]:9.2f}', flush=True)
-    return [dict(row=f'{n} process{"es" if n>1 else ""}, {a.photos} photos', seconds_per_photo=round(best[n]/a.photos, 3), speedup=round(best[a.workers[0]]/best[n], 3)) for n in a.workers]
+        d = Path(d)
+        for i,k in enumerate(n): np.savez(d/f'{i}.npz', classes=np.sort(np.random.default_rng(i).permutation(C)[:k]).astype(np.int64), maps=blobs(i, k, a.width, a.height))
+        g = by_turns({0: lambda: plain(ds, d, d/'plain')} | {w: (lambda w=w: crf_labels(d, ds, d/f'ours{w}', workers=w, overwrite=True)) for w in a.workers}, a.repeats, warm=lambda: None)
+        pairs = [(load_crf_label(d/'plain'/f'{id}.npz'), load_crf_label(d/f'ours{w}'/f'{id}.npz')) for id in ds.ids for w in a.workers]
+        err = float(max(abs(p.astype(np.float32)-q).max() for x,y in pairs for p,q in zip(x[1:], y[1:])))
+        agree = float(np.mean([(p.argmax(0)==q.argmax(0)).mean() for x,y in pairs for p,q in zip(x[1:], y[1:])]))
+    for w in a.workers:
+        row = compare(g[0], g[w], wall=w>1) | {'largest difference': err, 'same label': 100*agree}
+        report.add(f'{a.photos} photos, {w} process{"es"*(w>1)}', row, {'times faster': 4} if w==2 else None)
 
-def hardware():
-    name = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor())
-    return f'{name}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores'
-
-def records(rows, a):
-    git = lambda *c: subprocess.run(['git', *c], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    options = ' '.join([f'--width {a.width} --height {a.height} --photos {a.photos} --repeats {a.repeats}', '--classes', *map(str, a.classes), '--workers', *map(str, a.workers)])
-    common = dict(table='benchmark: dense CRF', dataset='drawn scenes', commit=git('rev-parse', '--short', 'HEAD'), seed=0, hardware=hardware(),
-                  command=f'python benchmarks/crf.py {options}', date=datetime.date.today().isoformat())
-    return [dict(common, row=r['row'], metric=m, value=v) for r in rows for m,v in r.items() if m!='row']
+def by_classes(a, report):
+    image = photo(0, a.width, a.height); p = {k: add_background(blobs(0, k, a.width, a.height), 1) for k in a.classes}
+    g = by_turns({k: (lambda k=k: dense_crf(image, p[k])) for k in a.classes}, a.repeats, warm=lambda: None)
+    for k in a.classes: report.add(f'{k} classes and background, {a.width} x {a.height}', {'seconds': float(np.median(g[k]['cpu']))})
 
 def main(a):
-    rows = classes_present(a) + processes(a)
-    if a.json: Path(a.json).write_text(json.dumps(records(rows, a), indent=1)+'\n')
+    if a.quick: a.photos, a.width, a.height, a.repeats, a.classes, a.workers = 3, 48, 32, 1, [1, 3], [1]
+    report = Report('benchmark: dense CRF', a, f'drawn scenes {a.width} x {a.height}')
+    data_set(a, report); by_classes(a, report); report.save()
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--width', type=int, default=500); p.add_argument('--height', type=int, default=375); p.add_argument('--classes', type=int, nargs='+', default=[1, 2, 3, 6])
-    p.add_argument('--photos', type=int, default=6); p.add_argument('--workers', type=int, nargs='+', default=[1, 2]); p.add_argument('--repeats', type=int, default=2); p.add_argument('--json')
+    p = parser(__doc__, 3); A = p.add_argument
+    A('--width', type=int, default=320); A('--height', type=int, default=240); A('--classes', type=int, nargs='+', default=[1, 2, 3, 5, 10, 20])
+    A('--photos', type=int, default=24); A('--workers', type=int, nargs='+', default=[1, 2])
     main(p.parse_args())

@@ -1,19 +1,31 @@
-"""Map extraction, `localize` against a plain version that keeps all attention probabilities: time, peak extra memory, largest difference.
+"""Localization maps, fused and refined, two views a photo: `extract_seeds` and `localize` against the published way to make them.
 
-    python benchmarks/extraction.py [--sizes 640 1024] [--device cpu] [--json results/bench_extraction.json]
+    python benchmarks/extraction.py [--images 32] [--sides 224 448 640 1024] [--device cpu] [--threads 1] [--json results/bench.json]
 
-DeiT-S with random weights, 20 classes, V2, fused over 3 layers and refined by the affinity of all 12. Each measurement runs in a fresh process.
-Extra memory is the peak of the process during the call minus what it held before (model and image): resident memory on the CPU (Linux),
-allocated memory on a GPU. The plain version at 1024 x 1024 needs about 6 GB."""
-import argparse, ctypes, datetime, json, os, platform, subprocess, sys, tempfile, time
+The plain version is written from the formulas: one photo and one view at a time, the attention probabilities of all layers kept and stacked, maps of all 20 classes, each enlarged to the
+photo, the sum of the views stretched to [0, 1] for the classes of the label, saved uncompressed. DeiT-S with random weights. The data set has drawn photos of 448 x 448 pixels with 1 to 3 labels.
+The plain version at 1024 x 1024 needs 10 GB."""
+import tempfile
 from pathlib import Path
-import torch
-import torch.nn.functional as F
+import numpy as np, torch, torch.nn.functional as F
+from PIL import Image
+from _common import Report, by_turns, compare, difference, parser, ratio
+from mctformer_nb.attention import localize, minmax, to_input
+from mctformer_nb.datasets import Dataset
+from mctformer_nb.mctformer import MCTformer
+from mctformer_nb.mini import draw_scene
+from mctformer_nb.seeds import extract_seeds, load_seed
 
-ROOT = Path(__file__).resolve().parents[1]
 C, K = 20, 3
 
-# ---- the plain version, from the formulas: every layer's (B,H,N,N) probabilities are kept
+def make_model(device, C=C):
+    torch.manual_seed(0); model = MCTformer(C, 'v2', 'deit_small_patch16_224').to(device).eval()
+    with torch.no_grad():
+        model.cls_token += .5*torch.randn_like(model.cls_token)            # fresh class tokens are copies of each other
+        for b in model.blocks: b.attn.qkv.weight *= 4                      # sharper attention than at the start
+    return model
+
+# ---- the plain version
 
 def block_plain(b, t):
     "One transformer block and its attention probabilities"
@@ -24,72 +36,71 @@ def block_plain(b, t):
     return t + b.mlp(b.norm2(t)), a
 
 def localize_plain(model, x):
-    t, (h, w) = model.tokens(x); attns = []
+    t, (h, w) = model.tokens(x); attns, C = [], model.num_classes
     for b in model.blocks: t, a = block_plain(b, t); attns.append(a)
     f = model.head(t[:, C:].transpose(1, 2).unflatten(2, (h, w))).relu()               # PatchCAM (B,C,h,w)
-    attns = [a.mean(1) for a in attns]                                                 # heads averaged: (B,N,N) each
-    m = sum(a[:, :C, C:] for a in attns[-K:]).unflatten(2, (h, w)) * f                 # Eq. 2 and 6
-    return (m.flatten(2) @ sum(a[:, C:, C:] for a in attns).transpose(1, 2)).unflatten(2, (h, w)) # Eq. 7
-
-# ---- measuring one call in this process
-
-def held(key='VmRSS'): return next(int(l.split()[1])*1024 for l in open('/proc/self/status') if l.startswith(key))
-
-def extra_memory(f, device):
-    "Bytes by which the peak during f() exceeds what was held before"
-    if device.startswith('cuda'):
-        torch.cuda.reset_peak_memory_stats(); base = torch.cuda.memory_allocated(); f(); return torch.cuda.max_memory_allocated()-base
-    ctypes.CDLL('libc.so.6').malloc_trim(0)                                            # freed pages would hide part of the growth
-    Path('/proc/self/clear_refs').write_text('5'); base = held(); f()                  # 5: start the peak (VmHWM) anew
-    return held('VmHWM')-base
+    A = torch.stack(attns).mean(2)                                                     # (L,B,H,N,N) -> (L,B,N,N)
+    m = A[-K:, :, :C, C:].sum(0).unflatten(2, (h, w)) * f                              # Eq. 2 and 6
+    return (m.flatten(2) @ A[:, :, C:, C:].sum(0).transpose(1, 2)).unflatten(2, (h, w)) # Eq. 7
 
 @torch.no_grad()
-def child(a):
-    sys.path.insert(0, str(ROOT))
-    from mctformer_nb.attention import localize
-    from mctformer_nb.mctformer import MCTformer
-    torch.manual_seed(0); model = MCTformer(C, 'v2', 'deit_small_patch16_224').to(a.device).eval()
-    model.cls_token.data += .5*torch.randn_like(model.cls_token)                       # fresh class tokens are copies of each other
-    for b in model.blocks: b.attn.qkv.weight.data *= 4                                 # sharper attention than at the start
-    x = torch.randn(1, 3, a.size, a.size, device=a.device)
-    run = lambda x=x: (localize if a.child == 'ours' else localize_plain)(model, x)
-    run(x[..., :64, :64])                                                              # libraries and kernels loaded
-    mem = extra_memory(run, a.device); times = []
-    for _ in range(a.repeats):
-        t = time.perf_counter(); maps = run().cpu(); times.append(time.perf_counter()-t)
-    torch.save(dict(mem=mem, seconds=min(times), maps=maps), a.out)
+def extract_plain(model, ds, out, device):
+    for i,id in enumerate(ds.ids):
+        x, size = to_input(ds.image(i), 16).to(device), ds.image(i).size[::-1]
+        views = [F.interpolate(localize_plain(model, v), size, mode='bilinear', align_corners=False)[0] for v in (x, x.flip(-1))] # (C,H,W) each
+        total = views[0] + views[1].flip(-1)
+        np.save(f'{out}/{id}.npy', {int(c): minmax(total[c]).cpu().numpy() for c in ds.labels(i)})
 
-# ---- the table
+# ---- what is compared
 
-def measure(size, which, a):
+def photos(folder, n, side):
+    "Drawn photos on disk, 1 to 3 of 20 labels each"
+    rng = np.random.default_rng(0); ids = [f'{i:03}' for i in range(n)]; labels = {id: np.sort(rng.choice(C, rng.integers(1, 4), replace=False)) for id in ids}
+    for i,id in enumerate(ids): Image.fromarray(draw_scene(i, size=side)[0]).save(f'{folder}/{id}.jpg', quality=92)
+    return Dataset('drawn', [str(i) for i in range(C)], ids, 'all', lambda id: Image.open(f'{folder}/{id}.jpg').convert('RGB'), lambda id: (side, side), labels.__getitem__)
+
+def data_set(a, model, report, side):
+    "Photos a second, `--repeats` rounds over equal parts of the data set"
     with tempfile.TemporaryDirectory() as d:
-        cmd = [sys.executable, __file__, '--child', which, '--size', str(size), '--out', f'{d}/r.pt', '--device', a.device, '--repeats', str(a.repeats)]
-        subprocess.run(cmd, check=True); return torch.load(f'{d}/r.pt')
+        ds = photos(d, a.images, side); n = max(1, a.images//a.repeats); parts = [ds.subset(ds.ids[i:i+n]) for i in range(0, n*a.repeats, n)]; turn = dict.fromkeys(('plain', *a.precision), -1)
+        def part(k): turn[k] += 1; return parts[turn[k]%len(parts)]
+        seeds = lambda p: extract_seeds(model, part(p), f'{d}/{p}', batch_size=a.batch_size, device=a.device, **({} if p=='float32' else dict(precision=p)))
+        for f in (lambda: localize_plain(model, torch.randn(1, 3, 64, 64, device=a.device)), lambda: localize(model, torch.randn(1, 3, 64, 64, device=a.device))):
+            with torch.no_grad(): f()
+        got = by_turns({'plain': lambda: extract_plain(model, part('plain'), d, a.device), **{p: (lambda p=p: seeds(p)) for p in a.precision}}, a.repeats, a.device, warm=lambda: None)
+        for p in a.precision:
+            err = max(abs(m.astype(np.float32) - np.load(f'{d}/{id}.npy', allow_pickle=True).item()[int(c)]).max() for part in parts for id in part.ids for c,m in zip(*load_seed(f'{d}/{p}/{id}.npz')))
+            row = compare(got['plain'], got[p]); rate = {f'photos/s{x}': n/row[f'seconds{x}'] for x in (' plain', '')}
+            report.add(f'{n*a.repeats} photos {side} x {side}' + (f', {p}' if p!='float32' else ''), row | rate | {'largest difference of [0,1] maps': float(err)}, {'times faster': 2} if side==448 else None)
 
-def hardware(device):
-    if device.startswith('cuda'): return torch.cuda.get_device_name()
-    name = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor())
-    return f'{name}, {torch.get_num_threads()} of {os.cpu_count()} cores'
+@torch.no_grad()
+def one_view(a, model, report, side, plain=True):
+    "One photo, one view, two classes"
+    x = torch.randn(1, 3, side, side, device=a.device, generator=torch.Generator(a.device).manual_seed(0)); some = [3, 7]; repeats = a.repeats if side<1000 else max(1, a.repeats//2)
+    fs = dict(forward=lambda: model(x), ours=lambda: localize(model, x, classes=some), fused=lambda: localize(model, x, classes=some, attention='fused')) | (dict(plain=lambda: localize_plain(model, x)[:, some]) if plain else {})
+    g = by_turns(fs, repeats, a.device, warm=(lambda: [localize(model, x[..., :64, :64]), localize_plain(model, x[..., :64, :64])]) if side>600 else None)
+    row = compare(g['plain'], g['ours']) if plain else {'seconds': sorted(g['ours']['cpu'])[repeats//2]}
+    row |= {'seconds, fused attention': sorted(g['fused']['cpu'])[repeats//2], 'seconds, forward pass alone': sorted(g['forward']['cpu'])[repeats//2], 'extra MB, fused attention': sorted(g['fused']['mem'])[repeats//2]/2**20}
+    if plain: row |= {'times faster if maps cost nothing': ratio(g['plain'], g['forward']), 'largest relative difference': difference(g['plain']['result'], g['ours']['result'])}
+    report.add(f'one view {side} x {side}', row | {'tokens': (side//16)**2+model.num_classes}, {'times faster': 2, 'times less memory': 15} if side==1024 else None)
 
-def records(rows, a):
-    git = lambda *c: subprocess.run(['git', *c], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    common = dict(table='benchmark: map extraction', dataset=f'random image, torch {torch.__version__}', commit=git('rev-parse', '--short', 'HEAD'), seed=0, hardware=hardware(a.device),
-                  command=f"python benchmarks/extraction.py --sizes {' '.join(map(str, a.sizes))} --device {a.device} --repeats {a.repeats}", date=datetime.date.today().isoformat())
-    return [dict(common, row=f'{r["size"]} x {r["size"]}', metric=m, value=v) for r in rows for m,v in r.items() if m != 'size']
+@torch.no_grad()
+def by_classes(a, report, side):
+    "How the cost of maps grows with the classes of the model"
+    x = torch.randn(1, 3, side, side, device=a.device); models = {n: make_model(a.device, n) for n in (1, 20, 80)}
+    g = by_turns({n: (lambda n=n: localize(models[n], x, classes=[0])) for n in models} | {f'all {n}': (lambda n=n: localize(models[n], x)) for n in models}, a.repeats, a.device)
+    for n in models: report.add(f'model of {n} classes, {side} x {side}', {'seconds': sorted(g[n]['cpu'])[a.repeats//2], 'seconds, maps of all classes': sorted(g[f'all {n}']['cpu'])[a.repeats//2]})
 
 def main(a):
-    print('side  seconds plain  ours  ratio   extra MB plain   ours  ratio   max difference / max', flush=True); rows = []
-    for s in a.sizes:
-        p, o = measure(s, 'plain', a), measure(s, 'ours', a)
-        err = ((p['maps']-o['maps']).abs().max()/p['maps'].abs().max()).item()
-        rows.append(dict(size=s, seconds_plain=round(p['seconds'], 3), seconds=round(o['seconds'], 3), time_ratio=round(o['seconds']/p['seconds'], 4),
-                         extra_mb_plain=round(p['mem']/2**20, 1), extra_mb=round(o['mem']/2**20, 1), memory_ratio=round(o['mem']/p['mem'], 4), max_relative_difference=err))
-        r = rows[-1]
-        print(f"{s:4d} {r['seconds_plain']:14.2f} {r['seconds']:5.2f} {r['time_ratio']:6.2f} {r['extra_mb_plain']:16.0f} {r['extra_mb']:6.0f}   1/{1/r['memory_ratio']:.1f}   {err:.1e}", flush=True)
-    if a.json: Path(a.json).write_text(json.dumps(records(rows, a), indent=1)+'\n')
+    if a.quick: a.images, a.sides, a.repeats = 2, [64], 1
+    report = Report('benchmark: map extraction', a, 'drawn photos, random images'); model = make_model(a.device)
+    if a.images: data_set(a, model, report, 64 if a.quick else 448)
+    for s in a.sides: one_view(a, model, report, s, s<=a.plain_limit)
+    if a.sides: by_classes(a, report, 64 if a.quick else 224)
+    report.save()
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--sizes', type=int, nargs='+', default=[640, 1024]); p.add_argument('--device', default='cpu'); p.add_argument('--repeats', type=int, default=1); p.add_argument('--json')
-    p.add_argument('--child', help=argparse.SUPPRESS); p.add_argument('--size', type=int, help=argparse.SUPPRESS); p.add_argument('--out', help=argparse.SUPPRESS)
-    a = p.parse_args(); child(a) if a.child else main(a)
+    p = parser(__doc__, 4); A = p.add_argument
+    A('--images', type=int, default=32); A('--batch-size', type=int, default=2); A('--sides', type=int, nargs='*', default=[224, 320, 448, 640, 1024]); A('--plain-limit', type=int, default=1024)
+    A('--precision', nargs='+', default=['float32'])
+    main(p.parse_args())

@@ -1,16 +1,14 @@
-"""The threshold sweep: 60 thresholds in one pass against one threshold, and against reading every map again for each threshold.
+"""The threshold sweep: 60 thresholds in one pass over the pixels, against reading and scoring every map again for each threshold.
 
-    python benchmarks/sweep.py [--images 40] [--repeats 5] [--json results/bench_sweep.json]
+    python benchmarks/sweep.py [--images 10 40] [--json results/bench.json]
 
-Synthetic seeds of 320 x 240 pixels with 1 to 3 of 20 classes, as files (seed .npz, mask .png) and in memory. The variants take turns, so that a busy
-machine slows all of them alike; medians of the repeats and their ratios are printed. The plain sweep reads and scores everything once per threshold, as the
-published scorer does; it is timed once. All variants must give the same confusion matrix."""
-import argparse, datetime, json, os, platform, subprocess, sys, tempfile, time
+Synthetic seeds of 320 x 240 pixels with 1 to 3 of 20 classes, as files (seed .npz, mask .png) and in memory. The plain sweep reads and scores everything once per threshold, as the published
+scorer does. Both must give the same confusion matrices."""
+import tempfile
 from pathlib import Path
 import numpy as np
 from PIL import Image
-
-ROOT = Path(__file__).resolve().parents[1]; sys.path.insert(0, str(ROOT))
+from _common import Report, by_turns, compare, parser
 from mctformer_nb.scores import confusion, fixed_threshold, sweep_threshold
 
 C, H, W, THRESHOLDS = 20, 240, 320, np.arange(60)/100
@@ -52,46 +50,25 @@ def plain_sweep(items): return np.stack([plain_one(items(), t) for t in THRESHOL
 
 # ---- the table
 
-def cpu():
-    try: name = next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
-    except (OSError, StopIteration): name = platform.processor() or platform.machine()
-    return f'{name}, {len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()} cores'
-
-def commit():
-    r = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
-    return r.stdout.strip() or None
-
-def clock(f): t = time.perf_counter(); r = f(); return time.perf_counter()-t, r
-
-def main():
-    p = argparse.ArgumentParser(); p.add_argument('--images', type=int, default=40); p.add_argument('--repeats', type=int, default=5); p.add_argument('--json', type=Path)
-    a = p.parse_args()
+def one_size(n, a, report):
     with tempfile.TemporaryDirectory() as d:
-        ds = Files(Path(d), a.images, np.random.default_rng(0)); names = ds.classes
-        variants = {'files: one pass, 60 thresholds': lambda: sweep_threshold(d, ds), 'files: one pass, 1 threshold': lambda: fixed_threshold(d, ds, .3),
-                    'files: plain, 1 threshold': lambda: plain_one(read(ds), .3), 'memory: one pass, 60 thresholds': lambda: sweep_threshold(ds.items, names),
-                    'memory: one pass, 1 threshold': lambda: fixed_threshold(ds.items, names, .3), 'memory: plain, 1 threshold': lambda: plain_one(ds.items, .3)}
-        times = {k: [] for k in variants}
-        for _ in range(a.repeats+1):
-            for k,f in variants.items(): times[k].append(clock(f)[0])
-        med = {k: float(np.median(v[1:])) for k,v in times.items()}                     # the first round warms up
-        med['files: plain, 60 thresholds'], confs = clock(lambda: plain_sweep(lambda: read(ds)))
-        med['memory: plain, 60 thresholds'], again = clock(lambda: plain_sweep(lambda: ds.items))
-        r = sweep_threshold(d, ds)
-    same = bool((confs == again).all() and (r.confusion == confs[int(np.argmax(r.miou))]).all() and all((fixed_threshold(ds.items, names, t).confusion == c).all() for t,c in zip(THRESHOLDS[::10], confs[::10])))
-    assert same, 'the one-pass sweep and the plain loop disagree'
-    for k,v in med.items(): print(f'{k:<34}{1000*v/a.images:>10.2f} ms an image')
-    ratios = {}
-    for w in ('files','memory'):
-        ours = med[f'{w}: one pass, 60 thresholds']
-        ratios |= {f'{w}: 60 thresholds / 1 threshold': ours/med[f'{w}: one pass, 1 threshold'], f'{w}: 60 thresholds / plain 1 threshold': ours/med[f'{w}: plain, 1 threshold'],
-                   f'{w}: plain 60 thresholds / one pass': med[f'{w}: plain, 60 thresholds']/ours}
-    print(); [print(f'{k:<42}{v:>8.2f}') for k,v in ratios.items()]
-    print(f'the sweep costs at most twice one threshold: {"yes" if max(ratios[k] for k in ratios if k.endswith("/ 1 threshold")) <= 2 else "NO"}; same confusion matrices: {"yes" if same else "NO"}')
-    if a.json:
-        about = dict(table='bench_sweep', dataset=f'synthetic, {a.images} images {W} x {H}', commit=commit(), seed=0, hardware=cpu(),
-                     command=' '.join(['python benchmarks/sweep.py', *sys.argv[1:]]), date=datetime.date.today().isoformat())
-        recs = [about | dict(row=k, value=round(v, 6), metric='seconds') for k,v in med.items()] + [about | dict(row=k, value=round(v, 3), metric='ratio') for k,v in ratios.items()]
-        a.json.parent.mkdir(parents=True, exist_ok=True); a.json.write_text(json.dumps(recs, indent=1)+'\n')
+        ds = Files(Path(d), n, np.random.default_rng(0)); names = ds.classes
+        got = by_turns({'files': lambda: sweep_threshold(d, ds), 'files plain': lambda: plain_sweep(lambda: read(ds)), 'files 1': lambda: fixed_threshold(d, ds, .3),
+                        'memory': lambda: sweep_threshold(ds.items, names), 'memory plain': lambda: plain_sweep(lambda: ds.items), 'memory 1': lambda: fixed_threshold(ds.items, names, .3)},
+                       a.repeats, warm=lambda: (sweep_threshold(d, ds), plain_one(read(ds), .3)))
+        for where in ('files', 'memory'):
+            r, confs = got[where]['result'], got[f'{where} plain']['result']
+            one = fixed_threshold(ds.items, names, .3).confusion
+            same = (r.confusion==confs[int(np.argmax(r.miou))]).all() and (one==confs[30]).all()
+            assert same, 'the one-pass sweep and the plain loop disagree'
+            cost = float(np.median(np.array(got[where]['cpu'])/got[f'{where} 1']['cpu']))
+            report.add(f'{n} images, 60 thresholds, {where}', compare(got[f'{where} plain'], got[where]) | {'cost of 60 thresholds over 1': cost, 'largest difference': 0}, {'times faster': 30} if where=='files' and n>=40 else None)
 
-if __name__=='__main__': main()
+def main(a):
+    if a.quick: a.images, a.repeats = [2], 1
+    report = Report('benchmark: threshold sweep', a, f'synthetic seeds {W} x {H}')
+    for n in a.images: one_size(n, a, report)
+    report.save()
+
+if __name__=='__main__':
+    p = parser(__doc__, 3); p.add_argument('--images', type=int, nargs='+', default=[5, 10, 20, 40]); main(p.parse_args())
