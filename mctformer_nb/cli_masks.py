@@ -105,6 +105,7 @@ def mct_segment_train(
     _fit_args(p, 'deeplab, beside the masks', (30, 4, 321, 7e-4), (30, 8, 96, 6e-4))
     return _run(p, argv, _segment_train)
 
+# %% ../nbs/61_cli_masks.ipynb #c9bf6f37
 def _segment_train(a):
     from mctformer_nb.deeplab import train_segment
     valid = a.valid_split and _training_data(a, a.valid_split)

@@ -5,7 +5,7 @@ from PIL import Image
 from mctformer_nb import cli
 from mctformer_nb.mini import draw_scene, mini_classes
 
-COMMANDS = ['mct_demo', 'mct_prepare_voc', 'mct_train', 'mct_seeds', 'mct_score', 'mct_info', 'mct_convert']
+COMMANDS = ['mct_demo', 'mct_prepare_voc', 'mct_train', 'mct_seeds', 'mct_score', 'mct_report', 'mct_info', 'mct_convert']
 
 def make_folder(root, n=8, size=32):
     "Drawn scenes as a folder data set with masks"
