@@ -28,6 +28,7 @@ from .crf import load_crf_label
 from .datasets import Dataset
 from .learner import KeepFrozen, PolySchedule, Precision, data_fingerprint, epoch_loader, fit_run, make_dls, param_groups, plain, seeded
 from .mctformer import _check_keys
+from .ranks import local_device, rank, rank_mean
 from .vit import read_state_dict
 
 # %% ../nbs/30_affinitynet.ipynb #ae629fca
@@ -115,7 +116,8 @@ def pair_loss(
 )->torch.Tensor: # scalar, 0 without any pair
     "Cross-entropy of the affinities, each kind of pair averaged over the batch: bg/4 + fg/4 + neg/2"
     same, other = -torch.log(affinity+eps), -torch.log(1+eps-affinity)
-    mean = lambda cost, k: (cost*(kinds==k)).sum() / (kinds==k).sum().clamp(min=1)
+    def count(k): n = (kinds==k).sum(); return rank_mean(n) if affinity.requires_grad else n     # of all processes that train
+    mean = lambda cost, k: (cost*(kinds==k)).sum() / count(k).clamp(min=1)
     return mean(same, 1)/4 + mean(same, 2)/4 + mean(other, 3)/2
 
 # %% ../nbs/30_affinitynet.ipynb #b2662587
@@ -262,6 +264,7 @@ def show_batch(
 # %% ../nbs/30_affinitynet.ipynb #cf9ba851
 class AffinityGap(Metric):
     "Mean affinity of pairs of the same kind minus that of different pairs, times 100; NaN without either"
+    shared = 'sums',
     def __init__(self,
         offsets:np.ndarray, # (P,2) from `pair_offsets`
     ): self.offsets = offsets; self.reset()
@@ -376,13 +379,13 @@ def train_affinity(
     "Train an AffinityNet into a run folder, or go on with the run that is there. Raises `DataError`."
     load, fit, net, settings = _deal(options)
     files, missing = _find_labels(labels, ds)
-    if missing: log(f"{labels}: no labels for {len(missing)} of {len(ds)} images, left out: {', '.join(missing[:10])}{' ...' if len(missing)>10 else ''}")
+    if missing and not rank(): log(f"{labels}: no labels for {len(missing)} of {len(ds)} images, left out: {', '.join(missing[:10])}{' ...' if len(missing)>10 else ''}")
     settings |= dict(pretrained=plain(pretrained), data=data_fingerprint(ds.subset(list(files))), labels=_fingerprint(labels, files))
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = local_device(device)
     def make(start):
         dls, model = affinity_loaders(ds, labels, **load, seed=seed, device=device), AffinityNet(pretrained=pretrained if start else False, **net)
         held = len(dls.valid.dataset) if len(dls.valid) else 0
-        log(f"{out}: {settings['data']}, {held} held out; {sum(p.numel() for p in model.parameters())/1e6:.1f} M parameters on {dls.device}")
+        if not rank(): log(f"{out}: {settings['data']}, {held} held out; {sum(p.numel() for p in model.parameters())/1e6:.1f} M parameters on {dls.device}")
         return affinity_learner(dls, model, **fit)
     config = dict(classes=list(ds.classes), crop=load['crop'], train=settings | dict(epochs=epochs, seed=seed))
     return fit_run(out, epochs, settings, make, save_affinity, config, None, seed, fresh, log=log)

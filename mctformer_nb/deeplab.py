@@ -29,6 +29,7 @@ from .core import DataError, atomic_path, overlay, read_json, voc_palette, write
 from .datasets import Dataset, _file_mask
 from .learner import PolySchedule, Precision, data_fingerprint, epoch_loader, fit_run, make_dls, param_groups, plain, seeded
 from .mctformer import _check_keys
+from .ranks import local_device, rank, rank_mean
 from .scores import confusion, iou_fp_fn
 from .vit import read_state_dict
 
@@ -167,7 +168,7 @@ def segment_loaders(
     scales:tuple=(.7, 1.3), # of photos (reference)
     flip:float=.5, # probability of the mirror image (reference)
     image_size:int=None, # shorter side of a photo at scale 1; default its own
-    batch_size:int=4, # reference
+    batch_size:int=4, # reference; of all processes together
     seed:int=0, # of order and views
     workers:int=0, # processes that load; 0 loads in the training process
     cache:bool=False, # keep decoded photos and masks in memory
@@ -209,7 +210,7 @@ def _photo(x):
 
 # %% ../nbs/41_deeplab.ipynb #a0013d35
 class SegmentLoss:
-    "Mean cross entropy of logits (B,C+1,h,w) against masks (B,H,W); 0 where everything is ignored. `counted`: pixels of the last call"
+    "Mean cross entropy of logits (B,C+1,h,w) against masks (B,H,W); 0 where everything is ignored. `counted`: pixels of the last call, a mean over the processes"
     def __init__(self,
         at:str='labels', # 'labels': enlarge the logits (reference); 'logits': reduce the masks
     ):
@@ -219,12 +220,13 @@ class SegmentLoss:
         logits = logits.float()
         if self.at=='labels': logits = F.interpolate(logits, target.shape[-2:], mode='bilinear', align_corners=False)
         else: target = F.interpolate(target[:, None].float(), logits.shape[-2:], mode='nearest-exact')[:, 0]   # (B,1,H,W) -> (B,h,w)
-        self.counted = (target!=255).sum()
+        self.counted = rank_mean((target!=255).sum()) if logits.requires_grad else (target!=255).sum()
         return F.cross_entropy(logits, target.long(), ignore_index=255, reduction='sum')/self.counted.clamp(min=1)
 
 # %% ../nbs/41_deeplab.ipynb #765e21af
 class MeanIoU(Metric):
     "mIoU in % over background and classes; `per_class` has the IoU of each, NaN for one that does not occur"
+    shared = 'conf',
     def __init__(self,
         num_classes:int, # C, without background
     ): self.n = num_classes+1; self.reset()
@@ -372,11 +374,11 @@ def train_segment(
 )->Path: # the run folder
     "Train a DeepLab into a run folder, or go on with the run that is there. Raises `DataError`."
     (load, fit, net, settings), metric = _deal(options), []
-    dls = segment_loaders(masks, ds, valid, **load, seed=seed, device=device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    dls = segment_loaders(masks, ds, valid, **load, seed=seed, device=local_device(device))
     settings |= dict(pretrained=plain(pretrained), data=_fingerprint(ds, masks), valid=valid and _fingerprint(valid, None))
     def make(start):
         model = DeepLab(len(ds.classes), pretrained=pretrained if start else False, **net)
-        for line in _about(dls, model, load['crop']): log(f'{out}: {line}')
+        for line in [] if rank() else _about(dls, model, load['crop']): log(f'{out}: {line}')
         learn = segment_learner(dls, model, **fit); metric[:] = learn.metrics
         return learn
     def save(model, folder, **config): save_segment(model, folder, **config, iou=dict(zip(['background', *ds.classes], metric[0].per_class)) if valid else None)

@@ -209,7 +209,7 @@ def _merge(metrics):
         if not names: raise DataError(f'metric {m.name}', 'cannot be put together from several processes', 'Name its numbers in `shared`, or train in one process')
         for n in names: setattr(m, n, reduce(operator.add, gathered(getattr(m, n))))
 
-# %% ../nbs/09_learner.ipynb #a96ef28d
+# %% ../nbs/09_learner.ipynb #414916a5
 def _bare(model): return model.module if isinstance(model, DistributedDataParallel) else model
 
 def _spread(learn):
@@ -222,8 +222,8 @@ def _spread(learn):
             if len(self.dl): self.dl.to_detach = lambda b, cpu=True, gather=True: to_detach(b, cpu, False)
             self.whole = self.learn.model; self.learn.model = _bare(self.whole)          # parts differ in length, so nobody waits for others
         def after_validate(self): self.learn.model = self.whole; _merge([self.learn.recorder.loss, *self.learn.metrics])
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)                  # of a backbone that is not used to its end
-    learn.add_cb(Ranks(sync_bn=False, cpu=learn.dls.device.type=='cpu', kwargs_handlers=[unused]))
+    fixed = DistributedDataParallelKwargs(static_graph=True)       # allows for parts of a backbone that are not used
+    learn.add_cb(Ranks(sync_bn=False, cpu=learn.dls.device.type=='cpu', kwargs_handlers=[fixed]))
 
 # %% ../nbs/09_learner.ipynb #ac395af3
 def plain(

@@ -23,6 +23,7 @@ from .core import DataError
 from .datasets import Dataset
 from .learner import CosineSchedule, KeepFrozen, Precision, data_fingerprint, epoch_loader, fit_run, make_dls, param_groups, plain, seeded
 from .mctformer import build_model, save_run
+from .ranks import local_device, rank, world
 
 # %% ../nbs/12_train.ipynb #a193c3cd
 def mct_loss(
@@ -96,7 +97,7 @@ def make_loaders(
     ds:Dataset, # to train on
     valid:Dataset=None, # for loss and mAP after each epoch
     image_size:int=224, # reference: 224
-    batch_size:int=64, # reference: 64
+    batch_size:int=64, # reference: 64; of all processes together
     aug='reference', # see `make_transform`
     valid_aug='center', # 'center' as the reference, or 'squash'
     seed:int=0, # of order and augmentation
@@ -124,6 +125,7 @@ def average_precision(
 # %% ../nbs/12_train.ipynb #88b7a974
 class MeanAP(Metric):
     "mAP in % of the class-token scores ('cls') or the patch scores ('patch'); NaN without data"
+    shared = 'scores', 'targets'
     def __init__(self,
         field:str='cls', # field of `MCTOutput`
     ): self.field = field; self.reset()
@@ -150,7 +152,7 @@ def make_learner(
     **schedule, # of `CosineSchedule`: min_lr, warmup_epochs, warmup_lr, per_step
 )->Learner:
     "fastai `Learner` with the reference's recipe"
-    lr = 5e-4*dls.train.batch_size/512 if lr is None else lr
+    lr = 5e-4*dls.train.batch_size*world()/512 if lr is None else lr
     groups = param_groups(model, weight_decay, lr_mult)
     def adamw(params, lr): return OptimWrapper(opt=torch.optim.AdamW(groups, lr=lr))      # the groups replace fastai's splitter
     fields = ['cls'] + ['patch']*(model.variant=='v2')
@@ -189,10 +191,10 @@ def train_classifier(
     "Train an MCTformer or a baseline into a run folder, or go on with the run that is there. Raises `DataError`."
     load, fit, rest, settings = _deal(options)
     settings |= dict(pretrained=plain(pretrained), data=data_fingerprint(ds), valid=valid and data_fingerprint(valid))
-    prior, device = prior_loss(ds.targets(), rest['variant']), device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    prior, device = prior_loss(ds.targets(), rest['variant']), local_device(device)
     def make(start):
         dls, model = make_loaders(ds, valid, **load, seed=seed, device=device), build_model(len(ds.classes), pretrained=pretrained if start else False, **rest)
-        log(f"{out}: {settings['data']}, {dls.train.dataset.unlabelled} without label; {sum(p.numel() for p in model.parameters())/1e6:.1f} M parameters on {dls.device}; loss of the label frequencies {prior:.4f}")
+        if not rank(): log(f"{out}: {settings['data']}, {dls.train.dataset.unlabelled} without label; {sum(p.numel() for p in model.parameters())/1e6:.1f} M parameters on {dls.device}; loss of the label frequencies {prior:.4f}")
         return make_learner(dls, model, **fit)
     config = dict(classes=list(ds.classes), image_size=load['image_size'], train=settings | dict(epochs=epochs, seed=seed))
     return fit_run(out, epochs, settings, make, save_run, config, 'map_cls', seed, fresh, prior, log)
