@@ -147,11 +147,11 @@ def test_disk_errors_are_not_swallowed(many, tmp_path, monkeypatch):
 
 def test_memory_error_splits_the_batch(many, tmp_path, monkeypatch):
     import mctformer_nb.seeds as s
-    small = s._batch_maps
+    small = s._batch_kinds
     def tight(model, views, *a, **kw):
         if len(views[0]) > 1 or views[0].shape[-1] > 60: raise torch.OutOfMemoryError('too much')
         return small(model, views, *a, **kw)
-    monkeypatch.setattr(s, '_batch_maps', tight)
+    monkeypatch.setattr(s, '_batch_kinds', tight)
     r = extract_seeds(make_model(), many, tmp_path)
     assert len(r.bad) == 8 and r.written == 32 and 'image_size' in r.bad[0][1]         # the eight of 64 x 64
 
