@@ -27,7 +27,7 @@ from .core import DataError, atomic_path, colorize, legend, read_json, write_jso
 from .crf import load_crf_label
 from .datasets import Dataset
 from .learner import KeepFrozen, PolySchedule, Precision, data_fingerprint, epoch_loader, fit_run, make_dls, param_groups, plain, seeded
-from .mctformer import _check_keys
+from .mctformer import _check_config, _check_keys
 from .ranks import local_device, rank, rank_mean
 from .vit import read_state_dict
 
@@ -332,10 +332,9 @@ def load_affinity(
     "Rebuild the network of a run folder. Raises `DataError` naming the file."
     file = Path(folder)/'config.json'
     if not file.is_file(): raise DataError(file, 'there is no such file', 'Give a run folder, as mct_affinity --out writes it')
-    cfg = read_json(file)
+    cfg = _check_config(file, read_json(file))
     if cfg.get('kind')!='affinitynet': raise DataError(file, f"is the run of another network ({cfg.get('kind') or cfg.get('variant') or 'unknown'})", 'Give a run of mct_affinity')
-    lacking = {'backbone', 'stride', 'radius', 'width', 'norm', 'backbone_args'} - cfg.keys()
-    if lacking: raise DataError(file, f"{', '.join(sorted(lacking))} missing", 'Was it written by another program?')
+    _check_config(file, cfg, backbone=str, stride=int, radius=(int, float), width=int, norm=bool, backbone_args=dict)
     if cfg['backbone']=='custom' and backbone is None: raise DataError(file, 'the backbone was a module of your own', 'Call load_affinity(folder, backbone=...) with one like it')
     net = AffinityNet(backbone or cfg['backbone'], stride=cfg['stride'], radius=cfg['radius'], width=cfg['width'], norm=cfg['norm'], **({} if backbone else cfg['backbone_args']))
     path = file.with_name('model.safetensors'); weights = read_state_dict(path)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Dataset', 'mini_dataset', 'voc_dataset', 'prepare_voc', 'coco_dataset', 'folder_dataset', 'get_dataset']
 
-# %% ../nbs/02_datasets.ipynb #a90007df
-import csv, difflib, io, math, os, re, shutil, unicodedata
+# %% ../nbs/02_datasets.ipynb #6560a628
+import csv, difflib, io, math, os, re, shutil, struct, unicodedata, zlib
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -272,11 +272,35 @@ def voc_dataset(
     fs = partial(_photo, paths), partial(_photo_size, paths), partial(_voc_labels, root/'Annotations', classes, source), partial(_file_mask, masks, len(classes))
     return Dataset('voc', classes, ids, split, *fs, has_masks=any((masks/f'{id}.png').is_file() for id in ids), bad=bad or [])
 
-# %% ../nbs/02_datasets.ipynb #6be51768
+# %% ../nbs/02_datasets.ipynb #10372381
+def _mat_parts(b):
+    "(type, content) of the elements in `b`"
+    at = 0
+    while at+8<=len(b):
+        kind,size = struct.unpack_from('<II', b, at)
+        if kind>>16: kind,size,start = kind & 0xffff, kind>>16, at+4                            # a small one: 4 bytes in its tag
+        else: start = at+8
+        if start+size>len(b): raise ValueError('it ends too early')
+        yield kind, b[start:start+size]
+        at = at+8 if start==at+4 else start+size + (0 if kind==15 else -size%8)                 # padded to 8 bytes, unless compressed
+
+def _mat_field(b, name, field, limit=2**28):
+    "Array in a field of the structure `name` of a MATLAB 5 file"
+    if b[126:128]!=b'IM': raise ValueError('it is not a MATLAB 5 file')
+    for kind,part in _mat_parts(b[128:]):
+        if kind==15: (kind,part), = _mat_parts(zlib.decompressobj().decompress(part, limit))     # never more than `limit` bytes
+        _,_,(_,called),*rest = _mat_parts(part)                                                 # flags, shape, name
+        if called!=name.encode(): continue
+        (_,width),(_,names),*fields = rest; width = int.from_bytes(width, 'little')
+        at = [names[i:i+width].split(b'\0')[0] for i in range(0, len(names), width)].index(field)
+        _,(_,shape),_,(kind,pixels) = _mat_parts(fields[at][1])
+        return np.frombuffer(pixels, {1:'i1', 2:'u1', 3:'<i2', 4:'<u2', 5:'<i4', 6:'<u4'}[kind]).reshape(np.frombuffer(shape, '<i4').tolist(), order='F')
+    raise KeyError(name)
+
+# %% ../nbs/02_datasets.ipynb #6bb06c49
 def _sbd_mask(path, n):
     "Class mask of an SBD file, values 0 to `n`"
-    from scipy.io import loadmat
-    try: m = np.asarray(loadmat(path)['GTcls'][0]['Segmentation'][0])
+    try: m = _mat_field(Path(path).read_bytes(), 'GTcls', b'Segmentation')
     except Exception as e: raise DataError(path, f'is not an SBD class file ({type(e).__name__}: {e})', 'Unpack SBD again') from None
     if m.ndim!=2 or m.dtype.kind not in 'ui' or m.size==0 or m.min()<0 or m[m<255].max(initial=0)>n: raise DataError(path, f'holds {m.dtype} {m.shape}, not a mask of {n} classes', 'Unpack SBD again')
     return m.astype(np.uint8)
@@ -463,7 +487,7 @@ def _find_photo(name, photos, folder, where):
         if i in photos and id in (i, photos[i].relative_to(folder).as_posix()): return i
     raise DataError(where, f'there is no photo {name!r} in {folder}', 'Correct the name or delete the line')
 
-# %% ../nbs/02_datasets.ipynb #87097751
+# %% ../nbs/02_datasets.ipynb #b4b11d47
 def _rows(path):
     "[(line, image, [label names], complaint or '')] of labels.csv"
     reader = csv.reader(io.StringIO(_text(path), newline='')); rows = []
@@ -478,7 +502,7 @@ def _rows(path):
     if not rows: raise DataError(path, 'holds no image', "Write one line an image: name.jpg,cat;dog")
     return rows
 
-# %% ../nbs/02_datasets.ipynb #8d7388f8
+# %% ../nbs/02_datasets.ipynb #adae6a1b
 def _table(path, photos, folder, classes, source, bad=None):
     "{id: class indices} of labels.csv, and the class names, which are its labels if there is no `classes`"
     rows,seen = _rows(path),{}

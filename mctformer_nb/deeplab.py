@@ -28,7 +28,7 @@ from .backbones import DenseBackbone
 from .core import DataError, atomic_path, overlay, read_json, voc_palette, write_json
 from .datasets import Dataset, _file_mask
 from .learner import PolySchedule, Precision, data_fingerprint, epoch_loader, fit_run, make_dls, param_groups, plain, seeded
-from .mctformer import _check_keys
+from .mctformer import _check_config, _check_keys
 from .ranks import local_device, rank, rank_mean
 from .scores import confusion, iou_fp_fn
 from .vit import read_state_dict
@@ -316,10 +316,9 @@ def load_segment(
     "Rebuild the network of a run folder. Raises `DataError` naming the file."
     file = Path(folder)/'config.json'
     if not file.is_file(): raise DataError(file, 'there is no such file', 'Give a run folder, as mct_segment_train --out writes it')
-    cfg = read_json(file)
+    cfg = _check_config(file, read_json(file))
     if cfg.get('kind')!='deeplab': raise DataError(file, f"is the run of another network ({cfg.get('kind') or cfg.get('variant') or 'unknown'})", 'Give a run of mct_segment_train')
-    lacking = {'num_classes', 'backbone', 'backbone_args', 'width', 'dilation', 'classes'} - cfg.keys()
-    if lacking: raise DataError(file, f"{', '.join(sorted(lacking))} missing", 'Was it written by another program?')
+    _check_config(file, cfg, num_classes=int, backbone=str, backbone_args=dict, width=int, dilation=int, classes=list)
     if num_classes not in (None, cfg['num_classes']): raise DataError(file, f"a network for {cfg['num_classes']} classes, {num_classes} wanted", 'Use the run of the same data set')
     if cfg['backbone']=='custom' and backbone is None: raise DataError(file, 'the backbone was a module of your own', 'Call load_segment(folder, backbone=...) with one like it')
     model = DeepLab(cfg['num_classes'], backbone or cfg['backbone'], width=cfg['width'], dilation=cfg['dilation'], **({} if backbone else cfg['backbone_args']))

@@ -181,6 +181,19 @@ def _check_keys(sd, want, source, advice='Use a file of the same architecture.')
     parts = [f'{name}: {some(ks)}' for name, ks in (('missing', want.keys() - sd.keys()), ('unexpected', sd.keys() - want.keys()), ('shape', wrong)) if ks]
     if parts: raise DataError(f"{source}: {'; '.join(parts)}. {advice}")
 
+def _check_config(file, cfg, **fields):
+    "`cfg` of a run folder, if it has `fields` {name: type} and can be built from without surprises"
+    hand = 'Was it written by another program, or changed by hand?'
+    if not isinstance(cfg, dict): raise DataError(f'{file}: it does not hold settings. {hand}')
+    lacking, args = fields.keys() - cfg.keys(), cfg.get('backbone_args', {})
+    if lacking: raise DataError(f"{file}: {', '.join(sorted(lacking))} missing. {hand}")
+    possible = lambda v: not isinstance(v, (int, float)) or abs(v) <= 10_000       # nobody means a model of 10^9 classes
+    wrong = [k for k, t in fields.items() if not isinstance(cfg[k], t) or not possible(cfg[k])]
+    if wrong: raise DataError(f'{file}: {wrong[0]} is {str(cfg[wrong[0]])[:40]!r}. {hand}')
+    odd = [k for k, v in args.items() if 'pretrained' in k or 'checkpoint' in k or not possible(v)] if isinstance(args, dict) else [str(args)[:40]]
+    if odd: raise DataError(f"{file}: backbone_args hold {', '.join(odd)}, which no run writes. {hand}")
+    return cfg
+
 # %% ../nbs/11_mctformer.ipynb #ff74e809
 def load_run(
     folder:str|Path, # run folder written by `save_run`
@@ -190,14 +203,14 @@ def load_run(
     "Rebuild the model of a run folder. Raises `DataError` naming the file."
     folder = Path(folder); file = folder/'config.json'
     if not file.is_file(): raise DataError(f'{file}: no such file. Give a run folder, as `mct_train --out` writes it.')
-    cfg = read_json(file)
-    lacking = {'variant', 'backbone', 'num_classes', 'score', 'classes'} - cfg.keys()
-    if lacking: raise DataError(f"{file}: {', '.join(sorted(lacking))} missing. Was it written by another program?")
+    cfg = _check_config(file, read_json(file), variant=str, backbone=str, num_classes=int, score=str, classes=list)
     if num_classes not in (None, cfg['num_classes']):
         raise DataError(f"{file}: a model for {cfg['num_classes']} classes, {num_classes} wanted. Use the run of the same data set.")
     if cfg['backbone'] == 'custom' and backbone is None:
         raise DataError(f'{file}: the backbone was a VisionTransformer of your own. Call load_run(folder, backbone=...) with one like it.')
-    model = build_model(cfg['num_classes'], cfg['variant'], backbone=backbone or cfg['backbone'], score=cfg['score'], **({} if backbone else cfg.get('backbone_args', {})))
+    try: model = build_model(cfg['num_classes'], cfg['variant'], backbone=backbone or cfg['backbone'], score=cfg['score'], **({} if backbone else cfg.get('backbone_args', {})))
+    except DataError: raise
+    except Exception as e: raise DataError(f'{file}: does not describe a model ({type(e).__name__}: {str(e)[:100]}). Was it changed by hand?') from e
     model.reference = cfg.get('reference')
     return load_weights(model, folder/'model.safetensors').eval(), cfg
 
@@ -243,7 +256,7 @@ def load_reference(
     need = {'cls_token', 'patch_embed.proj.weight', 'blocks.0.mlp.fc1.weight', 'pos_embed_cls' if 'pos_embed_pat' in sd else 'pos_embed'}
     if need - sd.keys(): raise DataError(f"{source}: missing: {', '.join(sorted(need - sd.keys()))}. It is not a checkpoint of the MCTformer reference.")
     try: (variant, score, kind), sizes = _read_kind(sd), _read_sizes(sd, num_heads)
-    except (ValueError, KeyError, IndexError) as e: raise DataError(f"{source}: {str(e).removeprefix('state dict: ')} It is not a checkpoint of the MCTformer reference.") from None
+    except (ValueError, KeyError, IndexError) as e: raise DataError(f"{source}: {str(e).removeprefix('state dict: ').rstrip('.')}. It is not a checkpoint of the MCTformer reference.") from None
     model = MCTformer(sd['cls_token'].shape[1], variant, 'deit_small_patch16_224', score=score, **sizes)
     sd = _from_reference(sd, variant, score)
     _check_keys(sd, model.state_dict(), source, 'It is not a checkpoint of the MCTformer reference.')
