@@ -71,7 +71,7 @@ def data_set(a, model, report, side):
         for p in a.precision:
             err = max(abs(m.astype(np.float32) - np.load(f'{d}/{id}.npy', allow_pickle=True).item()[int(c)]).max() for part in parts for id in part.ids for c,m in zip(*load_seed(f'{d}/{p}/{id}.npz')))
             row = compare(got['plain'], got[p]); rate = {f'photos/s{x}': n/row[f'seconds{x}'] for x in (' plain', '')}
-            report.add(f'{n*a.repeats} photos {side} x {side}' + (f', {p}' if p!='float32' else ''), row | rate | {'largest difference of [0,1] maps': float(err)}, {'times faster': 2} if side==448 else None)
+            report.add(f'{n*a.repeats} photos {side} x {side}, {p}', row | rate | {'largest difference of [0,1] maps': float(err)}, {'times faster': 2} if side==448 else None)
 
 @torch.no_grad()
 def one_view(a, model, report, side, plain=True):
@@ -92,6 +92,7 @@ def by_classes(a, report, side):
     for n in models: report.add(f'model of {n} classes, {side} x {side}', {'seconds': sorted(g[n]['cpu'])[a.repeats//2], 'seconds, maps of all classes': sorted(g[f'all {n}']['cpu'])[a.repeats//2]})
 
 def main(a):
+    a.precision = a.precision or (['float32', 'bf16', 'fp16'] if a.device.startswith('cuda') else ['float32', 'int8'])
     if a.quick: a.images, a.sides, a.repeats = 2, [64], 1
     report = Report('benchmark: map extraction', a, 'drawn photos, random images'); model = make_model(a.device)
     if a.images: data_set(a, model, report, 64 if a.quick else 448)
@@ -102,5 +103,5 @@ def main(a):
 if __name__ == '__main__':
     p = parser(__doc__, 4); A = p.add_argument
     A('--images', type=int, default=32); A('--batch-size', type=int, default=2); A('--sides', type=int, nargs='*', default=[224, 320, 448, 640, 1024]); A('--plain-limit', type=int, default=1024)
-    A('--precision', nargs='+', default=['float32'])
+    A('--precision', nargs='+', help='of the data set, default float32 and what the device has')
     main(p.parse_args())
