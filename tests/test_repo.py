@@ -65,7 +65,7 @@ STDLIB = set(sys.stdlib_module_names)
 DISTS = dict(PIL='pillow', sklearn='scikit-learn', pydensecrf='pydensecrf2', mpl_toolkits='matplotlib', dateutil='python-dateutil')
 
 def requirement_names(extras=True):
-    text = ' '.join(v for k,v in CFG.items() if k=='requirements' or extras and k in ('coco_requirements', 'crf_requirements', 'distributed_requirements'))
+    text = ' '.join(v for k,v in CFG.items() if k=='requirements' or extras and k.endswith('_requirements') and k!='dev_requirements')
     return {re.match(r'[\w.-]+', r)[0].lower() for r in text.replace('"', '').split()}
 
 @each_module
