@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from .core import VOC_CLASSES, DataError, atomic_path, image_size, legend, open_image, open_mask, overlay, progress, read_json, save_mask
+from .core import VOC_CLASSES, DataError, atomic_path, folder_lock, image_size, legend, open_image, open_mask, overlay, progress, read_json, save_mask
 from .mini import draw_scene, mini_classes
 
 # %% ../nbs/02_datasets.ipynb #869d1502
@@ -197,8 +197,8 @@ def _class_names(path):
 def _index(name, classes, where, source):
     "Position of a class name, or a `DataError` with the nearest known name"
     if name in classes: return classes.index(name)
-    near = difflib.get_close_matches(name, classes, 1)
-    raise DataError(where, f'the label {name!r} is not one of {source}', f'Did you mean {near[0]!r}? Correct the label' if near else 'Correct the label, or list every class in classes.txt')
+    near = difflib.get_close_matches(name.lower(), lower := {c.lower(): c for c in classes}, 1)
+    raise DataError(where, f'the label {name!r} is not one of {source}', f'Did you mean {lower[near[0]]!r}? Correct the label' if near else 'Correct the label, or list every class in classes.txt')
 
 # %% ../nbs/02_datasets.ipynb #a91d99d9
 def _voc_names(path):
@@ -356,8 +356,10 @@ def prepare_voc(
         if not download: raise DataError(sbd or root, 'SBD was not found (no folder cls with .mat files)', 'Give its folder as sbd (--sbd), or let it be fetched with download=True (--download)')
         _download(sbd or root/'sbd', 'sbd'); cls = _find_sbd(sbd or root)
     work = final if final.is_dir() else part
-    count = _merge_masks(root, cls, work)
-    return dict(images=_finish_aug(root, work, final, expected), **count)
+    with folder_lock(root):
+        for tmp in [*work.glob('.tmp-*'), *(root/'ImageSets'/'Segmentation').glob('.tmp-*')]: shutil.rmtree(tmp, ignore_errors=True)     # what a killed process left
+        count = _merge_masks(root, cls, work)
+        return dict(images=_finish_aug(root, work, final, expected), **count)
 
 # %% ../nbs/02_datasets.ipynb #1e44bf80
 def _finish_aug(root, work, final, expected):
