@@ -55,7 +55,7 @@ hooks: $(STAMP)
 	PATH="$(abspath $(VENV))/bin:$$PATH" "$(VENV)/bin/nbdev_install_hooks"
 
 clean:
-	rm -rf build dist *.egg-info _site_src _docs _proc demo .pytest_cache nbs/nbdev.yml nbs/sidebar.yml
+	rm -rf build dist *.egg-info _docs _proc demo .pytest_cache nbs/nbdev.yml nbs/sidebar.yml
 	find . -path "./$(VENV)" -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints -o -name .last_checked \) -print0 | xargs -0 rm -rf
 
 distclean: clean
