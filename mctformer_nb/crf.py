@@ -8,7 +8,7 @@ __all__ = ['LABEL_CRF', 'SEG_CRF', 'REFERENCE_ALPHAS', 'PSA_ALPHAS', 'PSA_PAPER_
            'refined_mask', 'show_crf_labels']
 
 # %% ../nbs/24_crf.ipynb #61df70e8
-import hashlib, os, shutil, signal, threading, time, zipfile
+import hashlib, io, os, shutil, signal, threading, time, zipfile
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -18,6 +18,7 @@ from fastcore.basics import AttrDict
 from joblib.externals.loky import ProcessPoolExecutor
 from PIL import Image
 from .core import DataError, atomic_path, folder_lock, overlay, progress, read_arrays, read_json, save_mask, write_json
+from .ranks import _env, connected, first_alone, joined, may_overwrite, my_part
 from .scores import _read_seed
 
 # %% ../nbs/24_crf.ipynb #88dcc0b1
@@ -157,7 +158,8 @@ def sweep_folder(
 def cores(
 )->int:
     "Cores that this process may use"
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    n = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return max(1, n//_env('LOCAL_WORLD_SIZE', 1))           # torchrun tells how many processes share the machine
 
 # %% ../nbs/24_crf.ipynb #1fd3ca0d
 def _start(parent):
@@ -236,6 +238,16 @@ def _settings(seeds, ds, alphas, crf):
                 seeds=hashlib.sha256(note.read_bytes()).hexdigest()[:16] if note.is_file() else None)
 
 # %% ../nbs/24_crf.ipynb #ae33f6d7
+def _run(seeds, ds, out, job, workers):
+    "Label files of this process's part -> counts and [(id, problem)]"
+    mine = my_part(ds.ids); todo = [id for id in mine if not _done(out/f'{id}.npz')]
+    r = AttrDict(folder=str(out), written=0, skipped=len(mine)-len(todo), empty=0, bad=[])
+    items, workers = ((out/f'{id}.npz', _read_pair(seeds, ds, id)) for id in todo), min(cores() if workers is None else workers, len(todo))
+    for id,got in zip(todo, progress(run_pool(job, items, workers), 'CRF labels', len(todo))):
+        if isinstance(got, str): r.bad.append((id, got))
+        else: r.written += 1; r.empty += got==0
+    return r
+
 def crf_labels(
     seeds:str|Path, # folder of seed files
     ds:'Dataset', # their photos
@@ -248,14 +260,9 @@ def crf_labels(
     "Write one label file an image. Existing ones are skipped, what cannot be read is listed; `DataError` for what cannot work at all"
     start, out = time.time(), Path(out)
     how = _settings(seeds, ds, alphas, crf); _pydensecrf()
-    claim_folder(out, '_crf.json', how, ds.ids, '.npz', overwrite)
-    todo = [id for id in ds.ids if not _done(out/f'{id}.npz')]
-    r = AttrDict(folder=str(out), written=0, skipped=len(ds)-len(todo), empty=0, bad=[])
-    items, workers = ((out/f'{id}.npz', _read_pair(seeds, ds, id)) for id in todo), min(cores() if workers is None else workers, len(todo))
-    with folder_lock(out, shared=True):
-        for id,got in zip(todo, progress(run_pool(partial(_label_one, how['alphas'], crf), items, workers), 'CRF labels', len(todo))):
-            if isinstance(got, str): r.bad.append((id, got))
-            else: r.written += 1; r.empty += got==0
+    with connected():
+        with first_alone(): claim_folder(out, '_crf.json', how, ds.ids, '.npz', may_overwrite(overwrite, out))
+        with folder_lock(out, shared=True): r = joined(_run(seeds, ds, out, partial(_label_one, how['alphas'], crf), workers))
     sweep_folder(out)
     return AttrDict(r, seconds=time.time()-start)
 
@@ -279,7 +286,8 @@ def _write_mask(crf, item):
     H,W = item['size']
     if mask.shape!=(H,W): mask = np.asarray(Image.fromarray(mask).resize((W, H), Image.NEAREST))
     if item.get('picture'):
-        with atomic_path(item['picture']) as p: overlay(item['image'], mask).save(p, quality=90)
+        jpeg = io.BytesIO(); overlay(item['image'], mask).save(jpeg, 'JPEG', quality=90)     # PIL does not notice when a disk takes only a part of what it writes
+        with atomic_path(item['picture']) as p: p.write_bytes(jpeg.getvalue())
     save_mask(item['mask'], mask)                           # last: its presence tells that the photo is done
 
 # %% ../nbs/24_crf.ipynb #4ba230dd

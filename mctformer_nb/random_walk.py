@@ -16,6 +16,7 @@ from PIL import Image
 from .affinitynet import pair_offsets, predict_affinity
 from .crf import _pydensecrf, dense_crf
 from .core import DataError, folder_lock, progress, read_json, save_mask, write_json
+from .ranks import connected, first_alone, joined, local_device, may_overwrite, my_part
 from .seeds import _ahead, _fingerprint, _say, _sweep, load_seed
 
 # %% ../nbs/31_random_walk.ipynb #894a9292
@@ -224,11 +225,12 @@ def make_masks(
     "Write one palette PNG a photo. Existing ones are skipped, unusable photos and seeds listed; `DataError` for what cannot work at all"
     start, seeds, out, stride = time.time(), Path(seeds_folder), Path(out), stride or getattr(net, 'stride', 8)
     settings = _settings(seeds, net, ds, background, alpha, beta, steps, stride, crf)
-    _sweep(out)
-    with folder_lock(out, shared=not overwrite): _claim(out, settings, ds.ids, overwrite)      # nothing is thrown away under the hands of another process
-    ids = [id for id in ds.ids if not _done(out/f'{id}.png')]
     how = {k: settings[k] for k in ('background', 'alpha', 'beta', 'steps', 'stride', 'crf')}
-    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    with folder_lock(out, shared=True): report = _run(ds, ids, seeds, out, _affinities(net, stride, device), how, workers)
-    _sweep(out)
-    return AttrDict(report, skipped=len(ds)-len(ids), folder=str(out), seconds=time.time()-start)
+    with connected():
+        _sweep(out); fresh = may_overwrite(overwrite, out)
+        with first_alone(), folder_lock(out, shared=not fresh): _claim(out, settings, ds.ids, fresh)      # nothing is thrown away under the hands of another process
+        mine = my_part(ds.ids); ids = [id for id in mine if not _done(out/f'{id}.png')]
+        with folder_lock(out, shared=True): report = _run(ds, ids, seeds, out, _affinities(net, stride, torch.device(local_device(device))), how, workers)
+        report = joined(AttrDict(report, skipped=len(mine)-len(ids)))
+        _sweep(out)
+    return AttrDict(report, folder=str(out), seconds=time.time()-start)

@@ -51,17 +51,18 @@ def local_device(
     if device!='cuda' or world()==1: return device
     return f'cuda:{_env("LOCAL_RANK", rank()) % max(1, torch.cuda.device_count())}'
 
-# %% ../nbs/03_ranks.ipynb #21f44fc4
+# %% ../nbs/03_ranks.ipynb #dd869513
 @contextmanager
 def connected():
     "A line between all processes while the block runs, if there are several and they know where to meet"
-    if world()==1 or not os.environ.get('MASTER_ADDR') or dist.is_initialized(): yield; return
+    if world()==1 or not os.environ.get('MASTER_ADDR'): yield; return
     rank()                                                    # a wrong number shows before anybody waits for it
-    cuda = torch.cuda.is_available()
-    if cuda: torch.cuda.set_device(local_device())
-    dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(days=7))    # parts may take hours longer than others
+    if not dist.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda: torch.cuda.set_device(local_device())
+        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(days=7))    # parts may take hours longer than others
     yield
-    barrier(); dist.destroy_process_group()
+    barrier()
 
 # %% ../nbs/03_ranks.ipynb #d8bc846f
 def barrier():

@@ -18,6 +18,7 @@ from .core import DataError, atomic_path, folder_lock, open_mask, overlay, progr
 from .crf import SEG_CRF, _pydensecrf, _write_mask, claim_folder, cores, refined_mask, run_pool, sweep_folder
 from .datasets import Dataset, _photo, _photo_files, _photo_size
 from .mctformer import MCTformer, load_run
+from .ranks import connected, first_alone, joined, local_device, may_overwrite, my_part, rank
 from .seeds import _batch_maps, _fingerprint, _to_photo
 
 # %% ../nbs/42_segment.ipynb #5c8b773b
@@ -117,7 +118,7 @@ def _open(run, device=None):
         else: net, cfg = load_run(run)
         names = cfg['classes']
     kind = 'mctformer' if isinstance(net, MCTformer) else 'deeplab'
-    net = net.to(torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')))
+    net = net.to(torch.device(local_device(device)))
     return net, list(names), AttrDict(kind=kind, image_size=cfg.get('image_size'), reference=cfg.get('reference'))
 
 # %% ../nbs/42_segment.ipynb #feaf697f
@@ -166,11 +167,11 @@ def _items(predict, ds, todo, longest):
 def _source(ds, id): return str(ds.get_image.args[0][id].resolve()) if ds.name=='photos' else id
 
 # %% ../nbs/42_segment.ipynb #b631b3c1
-def _run(predict, ds, out, crf, longest=None, overlays=False, scores=False, workers=None):
+def _run(predict, ds, out, crf, longest=None, overlays=False, scores=False, workers=None, ids=None):
     "Do what is not done yet -> counts and [(id, problem)]"
-    files = {id: _files(out, id, overlays, scores) for id in ds.ids}
+    files = {id: _files(out, id, overlays, scores) for id in (ds.ids if ids is None else ids)}
     todo = {id: f for id,f in files.items() if not _is_done(f)}
-    r = AttrDict(folder=str(out), written=0, skipped=len(ds)-len(todo), bad=list(ds.bad))
+    r = AttrDict(folder=str(out), written=0, skipped=len(files)-len(todo), bad=[] if rank() else list(ds.bad))
     workers = min(cores() if workers is None else workers, len(todo)) if crf else 1
     for id,problem in zip(todo, progress(run_pool(partial(_write_mask, crf), _items(predict, ds, todo, longest), workers), 'photos', len(todo))):
         if problem: r.bad.append((id, problem))
@@ -210,8 +211,10 @@ def segment_dataset(
     if list(ds.classes)!=names: raise DataError(ds.name, f'has the classes {", ".join(ds.classes[:3])} ..., the network {", ".join(names[:3])} ...', 'Use the data that the network was trained for')
     if crf: _pydensecrf()
     how = dict(scales=scales, flip=bool(flip), window=window, image_size=image_size or cfg.image_size)
-    claim_folder(out, '_segment.json', _plain_settings(net, names, crf, **how), ds.ids, '.png', overwrite)
-    with evaluating(net), folder_lock(out, shared=True): r = _run(partial(_deeplab_view, net, names, how), ds, out, crf, overlays=overlays, workers=workers)
+    with connected():
+        with first_alone(): claim_folder(out, '_segment.json', _plain_settings(net, names, crf, **how), ds.ids, '.png', may_overwrite(overwrite, out))
+        with evaluating(net), folder_lock(out, shared=True):
+            r = joined(_run(partial(_deeplab_view, net, names, how), ds, out, crf, overlays=overlays, workers=workers, ids=my_part(ds.ids)))
     return AttrDict(r, classes=names, seconds=time.time()-start)
 
 # %% ../nbs/42_segment.ipynb #59b4a3d8
