@@ -1,4 +1,4 @@
-# make demo | test | docs | readme | hooks | clean: each alone turns a fresh clone into a working one.
+# make demo | test | bench | docs | readme | hooks | clean: each alone turns a fresh clone into a working one.
 # Another interpreter: make demo PYTHON=python3.12        Another place: make demo VENV=/path/to/venv
 
 PYTHON ?= python3
@@ -10,12 +10,13 @@ JOBS   ?= 2
 # The notebooks, the tests and the demo need no network once the packages are installed.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo test docs readme export hooks clean distclean
+.PHONY: help install demo test bench docs readme export hooks clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train on the embedded data, score the maps, write demo/report.html"
 	@echo "make test      notebooks clean and exported, README current, every notebook runs, pytest"
+	@echo "make bench     speed and memory beside the published way, into results/bench.json"
 	@echo "make docs      the web site, in _docs/"
 	@echo "make readme    README.md from nbs/index.ipynb"
 	@echo "make export    clean the notebooks and write mctformer_nb/*.py from them"
@@ -40,6 +41,10 @@ demo: $(STAMP)
 # Every part runs, even after one has failed, so that one run shows all there is to mend; pytest's count is the last line.
 test: $(STAMP)
 	@rc=0; "$(PY)" tools/check.py --jobs $(JOBS) || rc=1; OMP_NUM_THREADS=$(JOBS) "$(PY)" -m pytest || rc=1; exit $$rc
+
+# Another device or more threads: make bench BENCH='--device cuda' or BENCH='--threads 8'
+bench: $(STAMP)
+	"$(PY)" benchmarks/all.py $(BENCH)
 
 docs: $(STAMP)
 	"$(PY)" tools/docs.py
