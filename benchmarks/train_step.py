@@ -73,11 +73,12 @@ def share(a, report):
 def main(a):
     if a.quick: a.batch_size, a.memory_batch, a.repeats = 2, 1, 1
     report = Report('benchmark: training step', a, 'random images')
-    times(a, report, 64 if a.quick else 224, {'times faster': 1.5}); share(a, report)
-    for s in ((64,) if a.quick else (224, 448)): memory(a, report, s, {'times less memory': 2} if s==448 else None)
+    if 'time' in a.parts: times(a, report, 64 if a.quick else 224, {'times faster': 1.5})
+    if 'share' in a.parts: share(a, report)
+    for s in ((64,) if a.quick else (224, 448)) if 'memory' in a.parts else (): memory(a, report, s, {'times less memory': 2} if s==448 else None)
     report.save()
 
 if __name__ == '__main__':
     p = parser(__doc__, 3); A = p.add_argument
-    A('--batch-size', type=int, default=16); A('--memory-batch', type=int, default=4); A('--amp', choices=['off', 'bf16', 'fp16'], default='off')
+    A('--batch-size', type=int, default=16); A('--memory-batch', type=int, default=4); A('--amp', choices=['off', 'bf16', 'fp16'], default='off'); A('--parts', nargs='+', default=['time', 'share', 'memory'])
     main(p.parse_args())

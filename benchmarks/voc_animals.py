@@ -27,7 +27,7 @@ def record(a, table, row, r, metric='mIoU', split='train', **extra):
     "Two records: the mean over all classes that occur, and over background and the six frequent ones"
     some = [v['iou'] for k,v in r.per_class.items() if k in ('background', *ANIMALS) and v['iou'] is not None]
     values = {metric: r.best_miou if 'best_miou' in r else r.miou, f'{metric} of background and six classes': float(np.mean(some))}
-    command = f'python benchmarks/voc_animals.py --images {a.images} --epochs {a.epochs}'
+    command = f'python benchmarks/voc_animals.py --images {a.images} --epochs {a.epochs}' + (f' --background {a.background}' if a.background else '')
     records = [new_record(table, row, v, m, f'VOC animals, {split}', seed=0, command=command, images=r.n_images, **extra) for m,v in values.items()]
     if a.json: save_records(a.json, records)
     print(f'{row:50}', *(f'{m} {v:5.1f} ' for m,v in values.items()), flush=True)
@@ -49,9 +49,9 @@ def main(a):
     low, high = a.alphas
     print(crf_labels(out/'seeds', ds, out/'labels', alphas=(low, high), workers=a.workers), flush=True)
     net = load_affinity(train_affinity(out/'labels', ds, out/'affinity', epochs=3, backbone='efficientnet_lite0', pretrained=a.cnn, crop=a.image_size, lr=.003, lr_mult=FREEZE, frozen_stride=0))[0]
-    make_masks(out/'seeds', net, ds, out/'masks', background=sweep.best_threshold)
+    make_masks(out/'seeds', net, ds, out/'masks', background=a.background or sweep.best_threshold, beta=a.beta)
     record(a, '1', 'MCTformer (Ours)', score_masks(out/'masks', train), 'mask mIoU', maps=best[1])
-    run = train_segment(out/'masks', ds, out/'deeplab', epochs=a.epochs, backbone='efficientnet_lite0', pretrained=a.cnn, crop=a.image_size, image_size=a.image_size, batch_size=8, lr=.003, lr_mult=FREEZE, dilation=6, cache=True)
+    run = train_segment(out/'masks', ds, out/'deeplab', epochs=a.epochs, backbone='efficientnet_lite0', pretrained=a.cnn, crop=a.image_size, image_size=a.image_size, batch_size=8, optimizer='adamw', lr=4e-4, head_mult=4, lr_mult=FREEZE, dilation=6, cache=True)
     for name,crf in (('without CRF', None), ('with CRF', 'default')):
         masks = out/f'val_{name.split()[0]}'
         segment_dataset(run, val, masks, scales=(.75, 1, 1.25), **({} if crf else dict(crf=None)), workers=a.workers)
@@ -62,6 +62,6 @@ def main(a):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); A = p.add_argument
     A('--data', required=True); A('--run', type=Path, required=True); A('--cnn', required=True, help='weights of efficientnet_lite0'); A('--out', type=Path, default=Path('runs/voc_chain'))
-    A('--images', type=int, default=600); A('--epochs', type=int, default=8); A('--image-size', type=int, default=192); A('--alphas', type=float, nargs=2, default=(1, 12)); A('--workers', type=int, default=1)
+    A('--images', type=int, default=600); A('--epochs', type=int, default=8); A('--image-size', type=int, default=192); A('--alphas', type=float, nargs=2, default=(1, 12)); A('--beta', type=float, default=16, help='of the walk: this AffinityNet, trained for three epochs, is less sure of borders than that of the paper'); A('--background', type=float, help='of the walk, default the best one of the seeds'); A('--workers', type=int, default=1)
     A('--json', type=Path, default=Path('results/voc_animals.json'))
     main(p.parse_args())
