@@ -157,7 +157,7 @@ def _prepare_voc(a):
 def _quick(stage):
     "Options of the quick recipe: those of the demonstration; more epochs, since somebody's first data set is small"
     from mctformer_nb.demo import DEMO_RECIPE, DEMO_SECOND
-    return {'train': dict(DEMO_RECIPE, epochs=30, batch_size=16), 'affinity': dict(DEMO_SECOND['affinity'], epochs=10),
+    return {'train': dict(DEMO_RECIPE, epochs=30, batch_size=8), 'affinity': dict(DEMO_SECOND['affinity'], epochs=10),
             'segment': dict(DEMO_SECOND['train'], epochs=30, batch_size=8)}[stage]
 
 def _recipe(a, stage, reference):
@@ -183,7 +183,7 @@ def _train_args(p):
     p.add_argument('--no-pretrained', dest='pretrained', action='store_false', help='start from random weights')
     p.add_argument('--score', choices=['avg', 'max', 'fc'], default='avg', help='class score of Table 7 (default: avg)')
     num('--epochs', int, 1, 'reference: 60; quick: 30')
-    num('--batch-size', int, 1, 'reference: 64; quick: 16')
+    num('--batch-size', int, 1, 'reference: 64; quick: 8')
     num('--image-size', int, 1, 'pixels, reference: 224; quick: 96')
     num('--lr', float, 0, 'reference: 5e-4 * batch size / 512; quick: 0.001')
     p.add_argument('--amp', choices=['fp16', 'bf16', 'off'], help='precision (default: fp16 on CUDA, else off)')
