@@ -115,16 +115,21 @@ def same(a, b):
         import pandas as pd
         return pd.read_csv(a).drop(columns='seconds').equals(pd.read_csv(b).drop(columns='seconds'))
     if a.name=='resume.pt': return True                    # holds the seconds too; that it works is what the run after it shows
-    if a.name=='report.json':
-        x, y = (next(iter(json.loads(p.read_text()).values())) for p in (a, b))
-        return {k for k in x if k not in ('seconds', 'written', 'skipped', 'folder') and x[k]!=y[k]}==set() and x['written']+x['skipped']==y['written']+y['skipped']
+    if a.name in ('report.json', 'score.json'): return timeless(json.loads(a.read_text()))==timeless(json.loads(b.read_text()))
     return a.read_bytes()==b.read_bytes()
+
+def timeless(js):
+    "A report without what depends on when, where and in how many starts it was made"
+    if isinstance(js, list): return [timeless(v) for v in js]
+    if not isinstance(js, dict): return js
+    kept = {k: timeless(v) for k,v in js.items() if k not in ('seconds', 'written', 'skipped', 'folder', 'command', 'out', 'json', 'figure', 'next')}
+    return kept | dict(done=js['written']+js['skipped']) if 'written' in js else kept
 
 def torn(stage, out, ref):
     "Files that a fault left behind half written: not temporary, and not those of the undisturbed run"
     want, changing = files(ref), stage in TRAININGS        # a training rewrites its files after every epoch
     here = {k: p for k,p in files(out).items() if not any(part.startswith('.tmp-') for part in Path(k).parts)}
-    if not changing: return [k for k,p in here.items() if k not in ('report.json', 'scores.csv') and not k.startswith('SegmentationClassAug.partial') and (k not in want or not same(p, want[k]))]
+    if not changing: return [k for k,p in here.items() if k not in ('report.json', 'score.json', 'scores.csv') and not k.startswith('SegmentationClassAug.partial') and (k not in want or not same(p, want[k]))]
     bad = []
     for k,p in here.items():
         try:
