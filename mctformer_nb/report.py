@@ -121,7 +121,7 @@ def _cards(pairs): return '<div class="cards">' + ''.join(f'<div><div class="big
 def _training_part(run, config):
     "Last epoch, curves and settings"
     last, names = config.get('metrics') or {}, dict(valid_loss='validation loss', map_cls='mAP, class tokens (%)', map_patch='mAP, patches (%)', miou='mIoU (%)', affinity_gap='affinity within minus across objects (%)')
-    page = _cards([('epochs', config['epoch'])]*('epoch' in config) + [(names.get(k, k), f'{v:.3f}' if k=='valid_loss' else f'{v:.1f}') for k,v in last.items() if isinstance(v, (int, float))])
+    page = _cards([('epochs', config.get('epoch'))]*('epoch' in config) + [(names.get(k, k), f'{v:.3f}' if k=='valid_loss' else f'{v:.1f}') for k,v in last.items() if isinstance(v, (int, float))])
     if (run/'history.csv').is_file(): page += _picture(plot_history(run), 'Loss and metrics after each epoch of training', 'Loss and metrics after each epoch.')
     flat = {k: v for k,v in {**config, **(config.get('train') or {})}.items() if k not in ('train', 'metrics', 'classes', 'iou') and v not in (None, {}, [])}
     return f'<h2>Training</h2>{page}<details><summary>All settings</summary>{_rows(flat.items())}</details>'
