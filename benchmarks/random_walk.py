@@ -39,6 +39,7 @@ def one_size(h, w, a, report):
 
 def main(a):
     if a.quick: a.sizes, a.repeats = ['8x10'], 1
+    torch.set_flush_denormal(True)                                                     # for both: products of tiny numbers would make the dense version ten times slower
     report = Report('benchmark: random walk', a, f'random features, {a.maps} maps')
     for s in a.sizes: one_size(*map(int, s.split('x')), a, report)
     report.save()
