@@ -109,7 +109,7 @@ def _view(image, maps, name, layer, head, threshold, axs=None):
     axs[0].imshow(image); axs[1].imshow(image, alpha=.6); axs[1].imshow(m, cmap='jet', alpha=.5, vmin=0, vmax=1); axs[2].imshow(shown.astype(np.uint8))
     return float(above.mean())
 
-# %% ../nbs/46_explore.ipynb #097b0295
+# %% ../nbs/46_explore.ipynb #f9e717b7
 def explore(
     model:torch.nn.Module, # an MCTformer
     image:Image.Image, # RGB photo
@@ -124,10 +124,10 @@ def explore(
     maps = head_maps(model, image, classes, size)                                    # (L,H,c,h,w)
     try: import ipywidgets as w
     except ImportError: return _static(image, maps, [names[c] for c in classes], threshold)
-    L, H = maps.shape[:2]; number = lambda n, first: [('all', None)] + [(str(i+first), i) for i in range(n)]
+    L, H = maps.shape[:2]; number = lambda n, first: [('all', -1)] + [(str(i+first), i) for i in range(n)]
     def draw(c, layer, head, threshold):
         import matplotlib.pyplot as plt
-        _view(image, maps[:, :, c], names[classes[c]], layer, head, threshold); plt.show()
+        _view(image, maps[:, :, c], names[classes[c]], None if layer<0 else layer, None if head<0 else head, threshold); plt.show()
     return w.interactive(draw, c=w.Dropdown(options=[(names[k], i) for i,k in enumerate(classes)], description='class'),
                          layer=w.SelectionSlider(options=number(L, 1), description='layer'), head=w.SelectionSlider(options=number(H, 0), description='head'),
                          threshold=w.FloatSlider(value=threshold, min=0, max=1, step=.02, description='threshold', continuous_update=False))
