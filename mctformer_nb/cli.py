@@ -51,10 +51,15 @@ def _quiet():
     "No page of retries where there is no network, no remarks on schedules of one epoch"
     os.environ.setdefault('HF_HUB_VERBOSITY', 'error'); logging.getLogger('timm').setLevel(logging.ERROR)
 
+def _follower():
+    "Is this one of several connected processes, but not the first? The first one speaks for all"
+    return bool(os.environ.get('MASTER_ADDR')) and os.environ.get('RANK', '') not in ('', '0')
+
 def _run(parser, argv, body):
     "Parse `argv` (default: the command line), call `body` with the result, write JSON -> exit status"
     a = parser.parse_args(argv); a.outcome, a.next, a.start = {}, None, time.monotonic()
     if not a.debug: _quiet()
+    if _follower(): sys.stdout, a.json = open(os.devnull, 'w'), None
     from mctformer_nb.core import _plain, log_progress, write_json
     with log_progress(30), contextlib.redirect_stdout(sys.stderr) if a.json=='-' else contextlib.nullcontext(): status = _guarded(parser, a, body)
     found = dict(a.outcome, command=parser.prog, status=status, next=a.next); found.setdefault('seconds', round(time.monotonic()-a.start, 2))
@@ -304,7 +309,7 @@ def _seeds(a):
 # %% ../nbs/60_cli.ipynb #e952abb9
 def _bad_files(bad):
     "List what could not be used -> exit status"
-    if not bad: return 0
+    if not bad or _follower(): return 0
     lines = _named(bad)
     print(f'{len(lines)} bad file{"s were" if len(lines)>1 else " was"} left out, everything else is done:', *(f'  {l}' for l in lines), sep='\n', file=sys.stderr)
     return 1
