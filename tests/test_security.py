@@ -204,5 +204,5 @@ def test_run_report_escapes_names(tmp_path):
     report = pytest.importorskip('mctformer_nb.report')
     run = tmp_path/'run'; save_run(MCTformer(2, 'v2', 'vit_tiny_patch16_224', img_size=32, depth=1), run, classes=[HOSTILE, 'b'], image_size=32, train=dict(data=HOSTILE))
     (run/'history.csv').write_text('epoch,train_loss,valid_loss,map_cls,map_patch,lr,seconds\n1,1.0,,,,0.001,1\n')
-    page = Path(report.write_run_report(run)).read_text(encoding='utf-8')
+    report.write_run_report(run); page = (run/'report.html').read_text(encoding='utf-8')
     assert '<script>alert' not in page and 'onerror=alert(1)>' not in page and '&lt;script&gt;' in page
