@@ -248,6 +248,7 @@ def _run(seeds, ds, out, job, workers):
         else: r.written += 1; r.empty += got==0
     return r
 
+# %% ../nbs/24_crf.ipynb #3a109ed5
 def crf_labels(
     seeds:str|Path, # folder of seed files
     ds:'Dataset', # their photos

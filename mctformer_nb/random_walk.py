@@ -206,6 +206,11 @@ def _affinities(net, stride, device):
     sized = lambda im: im if stride==own else im.resize([-(-own*n//stride) for n in im.size], Image.BICUBIC)
     return lambda im: predict_affinity(net, sized(im))
 
+def _part(ds, seeds, out, *args):
+    "`_run` on what this process has to do -> report of all processes"
+    mine = my_part(ds.ids); ids = [id for id in mine if not _done(out/f'{id}.png')]
+    return joined(AttrDict(_run(ds, ids, seeds, out, *args), skipped=len(mine)-len(ids)))
+
 # %% ../nbs/31_random_walk.ipynb #b9bcaed1
 def make_masks(
     seeds_folder:str|Path, # `<id>.npz` of `extract_seeds`
@@ -229,8 +234,6 @@ def make_masks(
     with connected():
         _sweep(out); fresh = may_overwrite(overwrite, out)
         with first_alone(), folder_lock(out, shared=not fresh): _claim(out, settings, ds.ids, fresh)      # nothing is thrown away under the hands of another process
-        mine = my_part(ds.ids); ids = [id for id in mine if not _done(out/f'{id}.png')]
-        with folder_lock(out, shared=True): report = _run(ds, ids, seeds, out, _affinities(net, stride, torch.device(local_device(device))), how, workers)
-        report = joined(AttrDict(report, skipped=len(mine)-len(ids)))
+        with folder_lock(out, shared=True): report = _part(ds, seeds, out, _affinities(net, stride, torch.device(local_device(device))), how, workers)
         _sweep(out)
     return AttrDict(report, folder=str(out), seconds=time.time()-start)

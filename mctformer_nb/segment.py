@@ -188,6 +188,15 @@ def _check_views(scales, window, image_size):
     if image_size is not None and image_size<1: raise DataError('image size', f'{image_size} is not possible', 'Give the shorter side in pixels')
     return scales
 
+# %% ../nbs/42_segment.ipynb #fe77a1b2
+def _network(run, ds, device):
+    "Network, class names, configuration and data set that fit each other, or a `DataError`"
+    net, names, cfg = _open(run, device)
+    if cfg.kind!='deeplab': raise DataError(run if isinstance(run, (str, Path)) else 'run', 'is an MCTformer', 'Give a run of mct_segment_train; predict_photos (mct_predict) takes both')
+    ds = ds if isinstance(ds, Dataset) else photo_dataset(ds, names)
+    if list(ds.classes)!=names: raise DataError(ds.name, f'has the classes {", ".join(ds.classes[:3])} ..., the network {", ".join(names[:3])} ...', 'Use the data that the network was trained for')
+    return net, names, cfg, ds
+
 # %% ../nbs/42_segment.ipynb #965a25f2
 def segment_dataset(
     run:str|Path|tuple, # run folder of a segmentation network, or (network, class names)
@@ -205,10 +214,7 @@ def segment_dataset(
 )->AttrDict: # folder; written, skipped: counts; bad: [(id, problem)]; classes; seconds
     "Write a mask for every photo. Existing ones are skipped, unreadable photos listed; `DataError` for what cannot work at all"
     start, out, scales = time.time(), Path(out), _check_views(scales, window, image_size)
-    net, names, cfg = _open(run, device)
-    if cfg.kind!='deeplab': raise DataError(run if isinstance(run, (str, Path)) else 'run', 'is an MCTformer', 'Give a run of mct_segment_train; predict_photos (mct_predict) takes both')
-    ds = ds if isinstance(ds, Dataset) else photo_dataset(ds, names)
-    if list(ds.classes)!=names: raise DataError(ds.name, f'has the classes {", ".join(ds.classes[:3])} ..., the network {", ".join(names[:3])} ...', 'Use the data that the network was trained for')
+    net, names, cfg, ds = _network(run, ds, device)
     if crf: _pydensecrf()
     how = dict(scales=scales, flip=bool(flip), window=window, image_size=image_size or cfg.image_size)
     with connected():
