@@ -13,7 +13,7 @@ SLOW_ONES = {'checkpoint', 'run'}                           # they build a netwo
 def test_reader(name, tmp_path):
     root = tmp_path/name; root.mkdir(); good, where, read = fuzz.TARGETS[name](root); path = root/where
     for b in good: path.write_bytes(b); read(path)
-    @settings(max_examples=5 if name in SLOW_ONES else 20, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=3 if name in SLOW_ONES else 12, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(good), st.randoms(use_true_random=False))
     def damage(b, rng):
         path.write_bytes(fuzz.damaged(b, rng))
