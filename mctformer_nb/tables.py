@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'PAPER', 'LATER', 'current_commit', 'hardware', 'new_record', 'save_records', 'load_records', 'summarise',
-           'Table', 'compare_table']
+           'Table', 'compare_table', 'check_order', 'order_table']
 
 # %% ../nbs/50_tables.ipynb #2290b214
 import datetime, html, os, platform, statistics, subprocess, sys
@@ -221,22 +221,52 @@ def _cell(s, digits):
     if s is None: return '-'
     return f'{s["mean"]:.{digits}f}' + (f' ± {s["std"]:.{digits}f} ({s["n"]} seeds)' if s['std'] is not None else '')
 
-# %% ../nbs/50_tables.ipynb #2c487c65
+# %% ../nbs/50_tables.ipynb #0d0659f3
 def compare_table(
     n:int|str,                # 1-7, a table of the paper
-    dataset:str|None=None,    # data set of our records, as they name it; None: the paper's own
+    dataset:str|list|None=None, # data set of our records, as they name it; a list: a column for each; None: the paper's own
     records:list|None=None,   # default `load_records()` from ./results
     digits:int=1,             # decimals, the paper prints one
 ) -> Table:                   # paper and ours side by side; prints as Markdown, `.html()` for pages
     "The paper's rows with ours beside them, joined by the name of the row; `DataError` for a table that the paper does not have"
     if str(n) not in PAPER: raise DataError(f'table {n}: the paper has Tables 1-7. Give one of these numbers.')
-    paper = PAPER[str(n)]; dataset = dataset or paper['dataset']
-    ours = {(s['row'], s['metric']): s for s in summarise(load_records() if records is None else records) if s['table']==str(n) and s['dataset']==dataset}
-    names = [*paper['rows'], *dict.fromkeys(r for r,_ in ours if r not in paper['rows'])]
-    metrics = [*paper['metrics'], *dict.fromkeys(m for _,m in ours if m not in paper['metrics'])]
-    def cells(row):
+    paper = PAPER[str(n)]; many = isinstance(dataset, (list, tuple)); sets = list(dataset) if many else [dataset or paper['dataset']]
+    ours = {(s['row'], s['metric'], s['dataset']): s for s in summarise(load_records() if records is None else records) if s['table']==str(n) and s['dataset'] in sets}
+    names = [*paper['rows'], *dict.fromkeys(r for r,_,_ in ours if r not in paper['rows'])]
+    metrics = [*paper['metrics'], *dict.fromkeys(m for _,m,_ in ours if m not in paper['metrics'])]
+    columns = [(m, d) for m in metrics for d in ([None] if m in paper['metrics'] else []) + [d for d in sets if m in paper['metrics'] or any(k[1:]==(m, d) for k in ours)]]
+    def cell(row, m, d):
         published = dict(zip(paper['metrics'], paper['rows'].get(row, ())))
-        return [c for m in metrics for c in ([f'{published[m]:.1f}' if m in published else '-'] if m in paper['metrics'] else []) + [_cell(ours.get((row, m)), digits)]]
-    head = ['method'] + [h for m in metrics for h in ([f'{m}, paper'] if m in paper['metrics'] else []) + [f'{m}, ours']]
-    where = '' if dataset==paper['dataset'] else f' Ours: {dataset}; the two columns are not comparable.'
-    return Table(head, [[r, *cells(r)] for r in names], f'Table {n}. {paper["title"]}. Paper: {paper["dataset"]}.{where}')
+        return _cell(ours.get((row, m, d)), digits) if d else f'{published[m]:.1f}' if m in published else '-'
+    head = ['method'] + [f'{m}, {"paper" if d is None else d if many else "ours"}' for m,d in columns]
+    others = [d for d in sets if d!=paper['dataset']]
+    where = f' Ours: {", ".join(others)}; columns of different data are not comparable.' if others else ''
+    return Table(head, [[r, *(cell(r, *c) for c in columns)] for r in names], f'Table {n}. {paper["title"]}. Paper: {paper["dataset"]}.{where}')
+
+# %% ../nbs/50_tables.ipynb #091e09bf
+def check_order(
+    records:list,         # records, any mixture
+    n:int|str,            # table they belong to
+    pairs:list,           # (row that should be worse, row that should be better)
+    dataset:str,          # data set of the records
+    metric:str='mIoU',    # their metric
+) -> list:                # dicts worse, better, paper, ours (mean differences), holds (is ours positive?), seeds where it is, of how many
+    "Is the second row of each pair better than the first? Only seeds that have both count; `DataError` where there is none"
+    found = {(r['row'], r['seed']): r['value'] for r in records if (str(r['table']), r['dataset'], r['metric'])==(str(n), dataset, metric)}
+    rows = {k: dict(zip(PAPER[str(n)]['metrics'], v)).get(metric) for k,v in PAPER[str(n)]['rows'].items()} if str(n) in PAPER else {}
+    def one(a, b):
+        d = [v-found[a, seed] for (row,seed),v in found.items() if row==b and (a, seed) in found]
+        if not d: raise DataError(f'table {n}, {dataset}: no seed has both {a} and {b}. Measure them first.')
+        gap = rows[b]-rows[a] if rows.get(a) is not None and rows.get(b) is not None else None
+        return dict(worse=a, better=b, paper=gap, ours=statistics.fmean(d), holds=statistics.fmean(d)>0, seeds=sum(x>0 for x in d), of=len(d))
+    return [one(a, b) for a,b in pairs]
+
+# %% ../nbs/50_tables.ipynb #52e1e15e
+def order_table(
+    claims:list,        # of `check_order`
+    caption:str='',     # a line above
+) -> Table:             # one row a claim
+    "Claims with the paper's difference, ours, and the number of seeds in which they hold"
+    gap = lambda x: '-' if x is None else f'{x:+.1f}'
+    return Table(['claim', 'difference, paper', 'difference, ours', 'holds in', 'holds on average'],
+                 [[f'{c["worse"]} < {c["better"]}', gap(c['paper']), gap(c['ours']), f'{c["seeds"]} of {c["of"]} seeds', 'yes' if c['holds'] else 'no'] for c in claims], caption)
