@@ -17,7 +17,7 @@ from .crf import LABEL_CRF
 from .datasets import Dataset, get_dataset
 from .mctformer import load_run
 from .train import train_classifier
-from .seeds import extract_seeds, load_seed
+from .seeds import extract_kinds, extract_seeds, load_seed
 from .pipeline import masks_to_segmentation, seeds_to_masks
 from .scores import score_masks, sweep_threshold
 from .tables import PAPER
@@ -64,11 +64,11 @@ def score_maps(
     device:str=None, # default cuda where there is one
 ) -> dict: # {name of the map: result of `sweep_threshold`}
     "Extract and score all of `DEMO_MAPS`"
-    models, results = {v: load_run(folder)[0] for v,folder in runs.items()}, {}
-    for name,(variant, kind, refine, _) in DEMO_MAPS.items():
-        extract_seeds(models[variant], ds, Path(out)/name, kind=kind, refine=refine, device=device, **DEMO_SEEDS)
-        results[name] = sweep_threshold(Path(out)/name, ds)
-    return results
+    common = dict(DEMO_SEEDS); layers = common.pop('layers')
+    for variant,folder in runs.items():
+        wanted = {Path(out)/name: dict(kind=kind, refine=refine, layers=layers) for name,(v, kind, refine, _) in DEMO_MAPS.items() if v==variant}
+        extract_kinds(load_run(folder)[0], ds, wanted, device=device, **common)           # one pass for all kinds
+    return {name: sweep_threshold(Path(out)/name, ds) for name in DEMO_MAPS}
 
 # %% ../nbs/52_demo.ipynb #0187d65d
 def score_rows(
@@ -142,14 +142,14 @@ def chain_figure(
     "Training scenes with truth and pseudo mask; unseen scenes with truth and what the two networks see"
     out = Path(out); few = [i for i in range(len(ds)) if len(ds.labels(i))>1][:n]
     rows = [(d, i, [d.mask(i)] + [open_mask(f/f'{d.ids[i]}.png') for f in folders])
-            for d,which,folders in ((ds, few, [out/'masks']), (val, range(min(n, len(val))), [out/'segmentation'/'masks', out/'supervised'/'masks'])) for i in which]
+            for d,which,folders in ((ds, few, [out/'masks']), (val, range(min(len(few), len(val))), [out/'segmentation'/'masks', out/'supervised'/'masks'])) for i in which]
     fig = Figure(figsize=(1.5*len(few), 6*1.55), dpi=72, layout='constrained')
     axs, k = fig.subplots(7, len(few), squeeze=False), len(few)
-    titles = ('training scene', 'ground truth', 'pseudo mask', 'unseen scene', 'ground truth', 'DeepLab on pseudo masks', 'DeepLab on true masks')
+    titles = ('training scene', 'ground truth', 'pseudo mask', 'unseen scene', 'ground truth', 'from pseudo masks', 'from true masks')
     for j,(d,i,masks) in enumerate(rows):
         column = axs[:3, j] if j<k else axs[3:, j-k]
         for ax,m in zip(column, [None, *masks]): ax.imshow(d.image(i) if m is None else overlay(d.image(i), m))
-    for ax,t in zip(axs[:, 0], titles): ax.set_ylabel(t, fontsize=8)
+    for ax,t in zip(axs[:, 0], titles): ax.set_ylabel(t, fontsize=7)
     for ax in axs.flat: ax.set(xticks=[], yticks=[])
     return fig
 
@@ -208,13 +208,14 @@ def run_demo(
     images:int=600, # drawn training scenes
     score_images:int=200, # of them, scored
     mask_images:int=240, # of them, used from the seeds on
+    unseen:int=100, # other scenes, for the mAP while training and the segmentation
     epochs:int=12, # passes over the training scenes
     device:str=None, # default cuda where there is one
     log:callable=partial(print, flush=True), # receives progress lines
 ) -> dict: # content of `metrics.json`
     "The whole paper on the drawn data set, and its report. Run again on the same folder, it goes on where it stopped."
     start, out = time.time(), Path(out)
-    ds, val = get_dataset('mini', 'train', n=images, size=96), get_dataset('mini', 'val', n=100, size=96)
+    ds, val = get_dataset('mini', 'train', n=images, size=96), get_dataset('mini', 'val', n=unseen, size=96)
     runs = train_both(ds, val, out/'runs', epochs, seed, device, log)
     scored, part = ds.subset(ds.ids[:score_images]), ds.subset(ds.ids[:mask_images])
     results = score_maps(runs, scored, out/'seeds', device)
