@@ -40,7 +40,7 @@ demo: $(STAMP)
 
 # Every part runs, even after one has failed, so that one run shows all there is to mend; pytest's count is the last line.
 test: $(STAMP)
-	@rc=0; "$(PY)" tools/check.py --jobs $(JOBS) || rc=1; OMP_NUM_THREADS=$(JOBS) "$(PY)" -m pytest || rc=1; exit $$rc
+	@rc=0; "$(PY)" tools/check.py --jobs $(JOBS) || rc=1; OMP_NUM_THREADS=1 "$(PY)" -m pytest -n $(JOBS) --dist loadfile || rc=1; exit $$rc
 
 # Another device or more threads: make bench BENCH='--device cuda' or BENCH='--threads 8'
 bench: $(STAMP)
