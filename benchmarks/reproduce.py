@@ -1,23 +1,24 @@
-"""Tables 5, 6 and 7 and Figures 4, 5 and 6 of the paper: trains what is missing, reuses what is there, writes records and pictures.
+"""Tables 4 to 7 and Figures 4, 5 and 6 of the paper: trains what is missing, reuses what is there, writes records and pictures.
 
-    python benchmarks/reproduce.py [--tables 5 6 7 fig6 pictures] [--seeds 0 1 2] [--out runs/mini_maps] [--json results/mini_tables.json]
+    python benchmarks/reproduce.py [--data mini] [--tables 4 5 6 7 fig6 pictures] [--seeds 0 1 2] [--out runs/mini_maps] [--json results/mini_tables.json]
 
 On the drawn data set (`--data mini`, the default) it starts from the folder of `benchmarks/mini_maps.py`, which measures the rows of Tables 1, 2 and 5 that are MCTformer's own,
-and runs that first where it has not been. On other data (`--data voc:PATH/VOC2012 --weights deit.safetensors`) every run uses the settings of the paper, and a GPU is needed.
+and runs that first where it has not been. On other data (`--data voc:PATH/VOC2012 --weights deit_small.pth --resnet38 res38_cls.pth`) every run uses the settings of the paper, and a GPU is needed.
 Stopped at any time and started again, it goes on where it was."""
 import argparse, statistics, time
 from functools import partial
 from pathlib import Path
-import numpy as np
+import numpy as np, torch
 from matplotlib.figure import Figure
 from mctformer_nb.core import atomic_path, colorize, open_mask, overlay
 from mctformer_nb.datasets import get_dataset
 from mctformer_nb.demo import DEMO_RECIPE, DEMO_SECOND, DEMO_SEEDS, run_demo
-from mctformer_nb.mctformer import load_run
+from mctformer_nb.mctformer import MCTformer, complexity, load_run
 from mctformer_nb.pipeline import masks_to_segmentation, seeds_to_masks
 from mctformer_nb.scores import score_masks, sweep_threshold
 from mctformer_nb.seeds import extract_seeds, load_seed
-from mctformer_nb.tables import new_record, save_records
+from mctformer_nb.resnet38 import resnet38_complexity
+from mctformer_nb.tables import PAPER, new_record, save_records
 from mctformer_nb.train import train_classifier
 
 MODELS = dict(v1=dict(variant='v1'), v2=dict(variant='v2'), v1_max=dict(variant='v1', score='max'), v1_fc=dict(variant='v1', score='fc'), tscam=dict(variant='tscam'))
@@ -38,24 +39,37 @@ class Setting:
         if self.mini:
             self.train, self.val = get_dataset('mini', 'train', n=600, size=96), get_dataset('mini', 'val', n=100, size=96)
             self.scored, self.part = self.train.subset(self.train.ids[:200]), self.train.subset(self.train.ids[:240])
-            self.recipe, self.seeds, self.second, self.depth, self.name = dict(DEMO_RECIPE, epochs=12), DEMO_SEEDS, DEMO_SECOND, 6, 'mini'
+            self.judge = self.part
+            self.recipe, self.seeds, self.second, self.depth = dict(DEMO_RECIPE, epochs=12), DEMO_SEEDS, DEMO_SECOND, 6
         else:
             self.train, self.val, self.scored = get_dataset(a.data, 'trainaug'), get_dataset(a.data, 'val'), get_dataset(a.data, 'train')
-            self.part, self.depth, self.name = self.train, 12, a.data.split(':')[0] + ' ' + Path(a.data.split(':')[1]).name
-            self.recipe, self.seeds, self.second = dict(pretrained=a.weights or True), dict(layers=3), dict(affinity={}, walk={}, train={}, infer={})
+            self.part, self.judge, self.depth = self.train, self.scored, 12
+            self.recipe, self.seeds, self.second = dict(pretrained=a.weights or True), dict(layers=3), dict(affinity=dict(pretrained=a.resnet38), walk={}, train=dict(pretrained=a.resnet38), infer={})
+
+    def name(self, table): return 'mini' if self.mini else PAPER[table if table in PAPER else '5']['dataset']  # as records name the data: Figure 6 is of Table 5's
 
     def run(self, name, seed): # run folder of a model, trained if need be
         return train_classifier(self.train, self.val, self.a.out/f'seed{seed}'/'runs'/name, seed=seed, log=log, **{**self.recipe, **MODELS[name]})
 
-    def maps(self, name, options, seed, folder, ds): # seeds of `ds` -> result of the sweep
+    def maps(self, name, options, seed, folder, ds, judge=None): # seeds of `ds` -> result of the sweep on `judge`
         extract_seeds(load_run(self.run(name, seed))[0], ds, self.a.out/f'seed{seed}'/folder, **{**self.seeds, **options})
-        return sweep_threshold(self.a.out/f'seed{seed}'/folder, ds)
+        return sweep_threshold(self.a.out/f'seed{seed}'/folder, judge or ds)
 
 def record(s, table, row, seed, r, metrics=('mIoU', 'FP', 'FN')):
     i = int(np.argmin(abs(r.thresholds-r.best_threshold)))
     values = dict(mIoU=r.miou[i], FP=r.fp[i], FN=r.fn[i])
-    save_records(s.a.json, [new_record(table, row, values[m], m, s.name, seed=seed, command=s.a.command, threshold=float(r.best_threshold)) for m in metrics])
+    save_records(s.a.json, [new_record(table, row, values[m], m, s.name(table), seed=seed, command=s.a.command, threshold=float(r.best_threshold)) for m in metrics])
     log(f'seed {seed}  table {table}  {row:50} ' + '  '.join(f'{m} {values[m]:.1f}' for m in metrics))
+
+def table4(s, seed):
+    "Parameters and multiply-adds; chance and data play no part"
+    if seed!=s.a.seeds[0]: return
+    with torch.device('meta'): ours = {f'MCTformer-{v.upper()}': complexity(MCTformer(20, v)) for v in ('v1', 'v2')}
+    cnn = resnet38_complexity()
+    for row,c in (('ResNet38', dict(params=cnn['trained'], macs=cnn['macs'])), *ours.items()):      # the paper's count of ResNet38 leaves out what is frozen
+        values = {'parameters (M)': c['params']/1e6, 'MACs (G)': c['macs']/1e9}
+        save_records(s.a.json, [new_record('4', row, v, m, PAPER['4']['dataset'], seed=None, command='python benchmarks/reproduce.py --tables 4') for m,v in values.items()])
+        log('table 4', row, values)
 
 def table5(s, seed):
     "Every kind of map. On `mini` the rows of MCTformer are those of `mini_maps.py`"
@@ -70,12 +84,12 @@ def table6(s, seed):
         own = s.mini and row==list(MAPS)[-1]                                                  # the demonstration has run this one
         if own: miou = score_masks(s.a.out/f'seed{seed}'/'second'/'segmentation'/'masks', s.val).miou
         else:
-            sweep = s.maps(model, options, seed, Path('tables')/'second'/short(row)/'seeds', s.part)
+            sweep = s.maps(model, options, seed, Path('tables')/'second'/short(row)/'seeds', s.part, s.judge)
             walk = dict(s.second['walk']); background = walk.pop('background', float(sweep.best_threshold))
             m = seeds_to_masks(out/'seeds', s.part, out, background, affinity=dict(s.second['affinity'], seed=seed), walk=walk, log=lambda *a: None)
-            save_records(s.a.json, [new_record('6', row, score_masks(m.masks, s.part).miou, 'mask mIoU', s.name, seed=seed, command=s.a.command)])
+            save_records(s.a.json, [new_record('6', row, score_masks(m.masks, s.judge).miou, 'mask mIoU', s.name('6'), seed=seed, command=s.a.command)])
             miou = masks_to_segmentation(m.masks, s.part, s.val, out/'segmentation', dict(s.second['train'], seed=seed), s.second['infer'], log=lambda *a: None).miou
-        save_records(s.a.json, [new_record('6', row, float(miou), 'mIoU', s.name, seed=seed, command=s.a.command)])
+        save_records(s.a.json, [new_record('6', row, float(miou), 'mIoU', s.name('6'), seed=seed, command=s.a.command)])
         log(f'seed {seed}  table 6  {row:50} mIoU {float(miou):.1f}')
 
 def table7(s, seed):
@@ -125,13 +139,16 @@ def main(a):
     for name in a.tables:
         for seed in a.seeds:
             start = time.time()
-            if s.mini and not (a.out/f'seed{seed}'/'metrics.json').exists(): run_demo(a.out/f'seed{seed}', seed=seed, log=lambda *b: None)
-            {'5': table5, '6': table6, '7': table7, 'fig6': fig6, 'pictures': pictures}[name](s, seed)
+            if s.mini and name!='4' and not (a.out/f'seed{seed}'/'metrics.json').exists(): run_demo(a.out/f'seed{seed}', seed=seed, log=lambda *b: None)
+            {'4': table4, '5': table5, '6': table6, '7': table7, 'fig6': fig6, 'pictures': pictures}[name](s, seed)
             log(f'{name}, seed {seed}: {time.time()-start:.0f} s')
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); A = p.add_argument
-    A('--data', default='mini'); A('--weights', help='weight file of the backbone, where the hub cannot be reached'); A('--tables', nargs='+', default=['fig6', '5', 'pictures', '7', '6'], choices=['5', '6', '7', 'fig6', 'pictures'])
+    A('--data', default='mini'); A('--weights', help='weight file of DeiT-S, where the hub cannot be reached'); A('--resnet38', help='weight file of ResNet38, for Table 6 on photos'); A('--tables', nargs='+', default=['4', 'fig6', '5', 'pictures', '7', '6'], choices=['4', '5', '6', '7', 'fig6', 'pictures'])
     A('--seeds', type=int, nargs='+', default=[0, 1, 2]); A('--out', type=Path, default=Path('runs/mini_maps')); A('--json', type=Path, default=Path('results/mini_tables.json'))
     a = p.parse_args(); a.command = f'python benchmarks/reproduce.py --data {a.data if a.data=="mini" else "voc:PATH"} --tables {" ".join(a.tables)} --seeds {" ".join(map(str, a.seeds))}'
+    if a.data!='mini' and '6' in a.tables and not a.resnet38: p.error('--resnet38: Table 6 on photos needs the weight file of ResNet38')
+    if a.data!='mini' and a.json==Path('results/mini_tables.json'): a.json = Path('results')/f'{a.data.split(":")[0]}_tables.json'
+    if a.data!='mini' and a.out==Path('runs/mini_maps'): a.out = Path('runs')/f'{a.data.split(":")[0]}_tables'
     main(a)
