@@ -39,15 +39,15 @@ def main(a):
     set_seed(0); torch.set_num_threads(1)
     model = MCTformer(3, 'v2', VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=1, num_classes=0))
     with tempfile.TemporaryDirectory() as d:
-        d = Path(d); ds, notes = watched(folder(d/'data', a.images, 32), 250); start = time.time()
+        d = Path(d); ds, notes = watched(folder(d/'data', a.images, 32), 250); start = time.process_time()
         r = extract_seeds(model, ds, d/'seeds', batch_size=32, layers=1, workers=1, device='cpu'); seconds = time.time()-start
         assert r.written==a.images and not r.bad
         seed_bytes = sum(f.stat().st_size for f in (d/'seeds').glob('p*.npz'))/a.images
-        large = get_dataset('mini', n=8, size=384); small = MCTformer(8, 'v2', 'deit_small_patch16_224').eval(); t = time.time()
-        extract_seeds(small, large, d/'large', batch_size=1, workers=1, device='cpu'); one = (time.time()-t)/8
+        large = get_dataset('mini', n=8, size=384); small = MCTformer(8, 'v2', 'deit_small_patch16_224').eval(); t = time.process_time()
+        extract_seeds(small, large, d/'large', batch_size=1, workers=1, device='cpu'); one = (time.process_time()-t)/8
         for i,id in enumerate(large.ids): save_mask(d/f'masks/{id}.png', large.mask(i))
         size = lambda kind, ext: float(np.mean([f.stat().st_size for f in (d/kind).glob(f'*.{ext}')]))
-        costs = {'seconds a photo': one, 'bytes a seed': size('large', 'npz'), 'bytes a mask': size('masks', 'png')}
+        costs = {'CPU seconds a photo': one, 'bytes a seed': size('large', 'npz'), 'bytes a mask': size('masks', 'png')}
     settled = [m for n,m in notes if n>=a.images//5]; n = [n for n,_ in notes if n>=a.images//5]
     slope = float(np.polyfit(n, settled, 1)[0]*1000)
     common = dict(table='memory', seed=0, command=f'python benchmarks/memory.py --images {a.images}')
