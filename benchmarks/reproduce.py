@@ -5,7 +5,7 @@
 On the drawn data set (`--data mini`, the default) it starts from the folder of `benchmarks/mini_maps.py`, which measures the rows of Tables 1, 2 and 5 that are MCTformer's own,
 and runs that first where it has not been. On other data (`--data voc:PATH/VOC2012 --weights deit_small.pth --resnet38 res38_cls.pth`) every run uses the settings of the paper, and a GPU is needed.
 Stopped at any time and started again, it goes on where it was."""
-import argparse, statistics, time
+import argparse, csv, time
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
@@ -96,6 +96,8 @@ def table7(s, seed):
     "Class scores of V1 by a linear layer, the maximum and the average; attention alone"
     for row,model in SCORES.items():
         record(s, '7', row, seed, s.maps(model, dict(kind='attn', refine=False), seed, Path('tables')/'maps'/model, s.scored), ('mIoU',))
+        last = list(csv.DictReader(open(s.run(model, seed)/'history.csv')))[-1]
+        save_records(s.a.json, [new_record('7', row, float(last['map_cls']), 'validation mAP', s.name('7'), seed=seed, command=s.a.command)])
 
 def fig6(s, seed):
     "V1's attention from the last K blocks"

@@ -221,10 +221,10 @@ def _cell(s, digits):
     if s is None: return '-'
     return f'{s["mean"]:.{digits}f}' + (f' ± {s["std"]:.{digits}f} ({s["n"]} seeds)' if s['std'] is not None else '')
 
-# %% ../nbs/50_tables.ipynb #0d0659f3
+# %% ../nbs/50_tables.ipynb #952bc484
 def compare_table(
     n:int|str,                # 1-7, a table of the paper
-    dataset:str|list|None=None, # data set of our records, as they name it; a list: a column for each; None: the paper's own
+    dataset:str|list|None=None, # data set of our records, as they name it; a list: a column for each that has numbers; None: the paper's own
     records:list|None=None,   # default `load_records()` from ./results
     digits:int=1,             # decimals, the paper prints one
 ) -> Table:                   # paper and ours side by side; prints as Markdown, `.html()` for pages
@@ -234,7 +234,7 @@ def compare_table(
     ours = {(s['row'], s['metric'], s['dataset']): s for s in summarise(load_records() if records is None else records) if s['table']==str(n) and s['dataset'] in sets}
     names = [*paper['rows'], *dict.fromkeys(r for r,_,_ in ours if r not in paper['rows'])]
     metrics = [*paper['metrics'], *dict.fromkeys(m for _,m,_ in ours if m not in paper['metrics'])]
-    columns = [(m, d) for m in metrics for d in ([None] if m in paper['metrics'] else []) + [d for d in sets if m in paper['metrics'] or any(k[1:]==(m, d) for k in ours)]]
+    columns = [(m, d) for m in metrics for d in ([None] if m in paper['metrics'] else []) + [d for d in sets if m in paper['metrics'] and d in (paper['dataset'], *sets[:not many]) or any(k[1:]==(m, d) for k in ours)]]
     def cell(row, m, d):
         published = dict(zip(paper['metrics'], paper['rows'].get(row, ())))
         return _cell(ours.get((row, m, d)), digits) if d else f'{published[m]:.1f}' if m in published else '-'
