@@ -60,7 +60,9 @@ def _run(parser, argv, body):
     a = parser.parse_args(argv); a.outcome, a.next, a.start = {}, None, time.monotonic()
     if not a.debug: _quiet()
     if _follower(): sys.stdout, a.json = open(os.devnull, 'w'), None
-    from mctformer_nb.core import _plain, log_progress, write_json
+    from mctformer_nb.core import _plain, _sweep_beside, log_progress, write_json
+    for file in (getattr(a, 'json', None), getattr(a, 'figure', None)):
+        if file and file!='-': _sweep_beside(file)
     with log_progress(30), contextlib.redirect_stdout(sys.stderr) if a.json=='-' else contextlib.nullcontext(): status = _guarded(parser, a, body)
     found = dict(a.outcome, command=parser.prog, status=status, next=a.next); found.setdefault('seconds', round(time.monotonic()-a.start, 2))
     if a.json=='-': print(json.dumps(_plain(found), indent=1, ensure_ascii=False))

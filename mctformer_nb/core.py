@@ -82,6 +82,13 @@ def set_seed(
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #2549a682
+def _sweep_beside(path, age=60):
+    "Remove temporary folders beside `path` that a killed process left behind: those older than `age` seconds"
+    for tmp in Path(path).absolute().parent.glob('.tmp-*'):
+        try:
+            if time.time()-tmp.stat().st_mtime > age: shutil.rmtree(tmp)
+        except OSError: pass                                # another process was faster
+
 @contextmanager
 def atomic_path(
     path:str|Path, # the file to write; its folder is created
