@@ -54,9 +54,10 @@ def train_both(
     recipe = dict(DEMO_RECIPE, epochs=epochs, seed=seed, device=device, log=log)
     return {v: train_classifier(ds, valid, Path(out)/v, variant=v, **recipe) for v in ('v1', 'v2')}
 
-# %% ../nbs/52_demo.ipynb #10d7ecc9
+# %% ../nbs/52_demo.ipynb #b7d1f0a2
 DEMO_SEEDS = dict(layers=None, scales=(1, 1.5), batch_size=32) # options of `extract_seeds`: all blocks, two sizes
 
+# %% ../nbs/52_demo.ipynb #10d7ecc9
 def score_maps(
     runs:dict, # {'v1': folder, 'v2': folder}, see `train_both`
     ds:Dataset, # data with masks
@@ -216,8 +217,7 @@ def run_demo(
     "The whole paper on the drawn data set, and its report. Run again on the same folder, it goes on where it stopped."
     start, out = time.time(), Path(out)
     ds, val = get_dataset('mini', 'train', n=images, size=96), get_dataset('mini', 'val', n=unseen, size=96)
-    runs = train_both(ds, val, out/'runs', epochs, seed, device, log)
-    scored, part = ds.subset(ds.ids[:score_images]), ds.subset(ds.ids[:mask_images])
+    runs, scored, part = train_both(ds, val, out/'runs', epochs, seed, device, log), ds.subset(ds.ids[:score_images]), ds.subset(ds.ids[:mask_images])
     results = score_maps(runs, scored, out/'seeds', device)
     steps = run_second_half(runs['v2'], part, val, out/'second', seed, device=device, log=log)
     rows, notes = score_rows(results), dict(dataset=f'mini, {images} scenes for training, {len(scored)} scored, {len(part)} from the seeds on', seed=seed, epochs=epochs)
