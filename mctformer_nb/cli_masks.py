@@ -16,6 +16,11 @@ def _report(r, what, args, ds=None):
     print(f"done in {_took(args)}: {r.written} {what} written to {r.folder}, {r.skipped} were there")
     return _bad_files(r.bad)
 
+def _small():
+    "The recipe to hint at: the quick one where there is no GPU"
+    import torch
+    return None if torch.cuda.is_available() else 'quick'
+
 def _stage_args(p, *, workers='processes for the CRF (default: one a core)'):
     p.add_argument('--workers', type=_number(int, 1), metavar='N', help=workers)
     p.add_argument('--overwrite', action='store_true', help='write files anew that exist')
@@ -41,7 +46,7 @@ def _crf_labels(a):
     if len(a.alphas) != 2: raise DataError('--alphas', f'{len(a.alphas)} numbers', 'Give two, for example 1,12')
     a.out = a.out or Path(a.seeds).parent/'labels'
     ds = get_dataset(a.data, a.split, on_bad='skip'); r = crf_labels(a.seeds, ds, a.out, alphas=tuple(a.alphas), workers=a.workers, overwrite=a.overwrite)
-    return _report(r, 'label files', a, ds) or _next(a, 'mct_affinity', labels=a.out, data=a.data, split=a.split)
+    return _report(r, 'label files', a, ds) or _next(a, 'mct_affinity', labels=a.out, data=a.data, split=a.split, recipe=_small())
 
 # %% ../nbs/61_cli_masks.ipynb #cb4589b1
 def _fit_args(p, out, reference, quick):
@@ -148,7 +153,7 @@ def _masks(a):
     near = Path(a.affinity).parent; a.seeds, a.out = a.seeds or near/'seeds', a.out or near/'masks'
     r = make_masks(a.seeds, load_affinity(a.affinity)[0], (ds := get_dataset(a.data, a.split, on_bad='skip')), a.out, background=background, alpha=a.alpha, beta=a.beta, steps=a.steps, stride=a.stride, crf=LABEL_CRF if a.crf else None,
                    device=_check_device(a.device), overwrite=a.overwrite, workers=a.workers or 4)
-    return _report(r, 'masks', a, ds) or _next(a, 'mct_segment_train', masks=a.out, data=a.data, split=a.split)
+    return _report(r, 'masks', a, ds) or _next(a, 'mct_segment_train', masks=a.out, data=a.data, split=a.split, recipe=_small())
 
 # %% ../nbs/61_cli_masks.ipynb #7539822e
 def _infer_args(p):

@@ -229,7 +229,7 @@ def _settings(seeds, ds, alphas, crf):
     def need(ok, problem, fix):
         if not ok: raise DataError(seeds, problem, fix)
     alphas, note = [float(a) for a in np.atleast_1d(alphas)], Path(seeds)/'_seeds.json'
-    need(Path(seeds).is_dir(), 'there is no such folder', 'Write seeds with mct_seeds')
+    need(Path(seeds).is_dir(), 'there is no such folder', 'Write seeds with mct_seeds, or give their folder with --seeds')
     need(len(alphas)==2 and 0<alphas[0]<=alphas[1], f'alphas {alphas} are not a low and a high exponent', 'Give two positive numbers, the low one first, for example 1 and 12')
     theirs = read_json(note).get('classes', list(ds.classes)) if note.is_file() else list(ds.classes)
     need(theirs==list(ds.classes), f'seeds of the classes {", ".join(theirs[:3])} ..., the data set {ds.name} has {", ".join(ds.classes[:3])} ...', 'Use the data that the seeds were written for')

@@ -151,7 +151,7 @@ def _settings(seeds, net, ds, background, alpha, beta, steps, stride, crf):
     def need(ok, where, problem, fix):
         if not ok: raise DataError(where, problem, fix)
     need(len(ds), ds.name, 'has no images', 'Check the split')
-    need(seeds.is_dir(), seeds, 'there is no such folder', 'Write seeds with mct_seeds')
+    need(seeds.is_dir(), seeds, 'there is no such folder', 'Write seeds with mct_seeds, or give their folder with --seeds')
     need(any((seeds/f'{id}.npz').is_file() for id in ds.ids), seeds, f'has no seed of {ds.name} {ds.split}', 'Write them with mct_seeds, or check folder and split')
     need(alpha is None or 0<=alpha<np.inf, 'alpha', f'is {alpha}', 'Give a number from 0 on, PSA uses 4 to 32')
     need(0<=beta<np.inf, 'beta', f'is {beta}', 'Give a number from 0 on, the reference uses 8')
