@@ -211,16 +211,16 @@ def run_demo(
     mask_images:int=240, # of them, used from the seeds on
     unseen:int=100, # other scenes, for the mAP while training and the segmentation
     epochs:int=12, # passes over the training scenes
+    options:dict=DEMO_SECOND, # of the second half, see `run_second_half`
     device:str=None, # default cuda where there is one
     log:callable=partial(print, flush=True), # receives progress lines
 ) -> dict: # content of `metrics.json`
     "The whole paper on the drawn data set, and its report. Run again on the same folder, it goes on where it stopped."
-    start, out = time.time(), Path(out)
-    ds, val = get_dataset('mini', 'train', n=images, size=96), get_dataset('mini', 'val', n=unseen, size=96)
+    start, out, (ds, val) = time.time(), Path(out), (get_dataset('mini', 'train', n=images, size=96), get_dataset('mini', 'val', n=unseen, size=96))
     runs, scored, part = train_both(ds, val, out/'runs', epochs, seed, device, log), ds.subset(ds.ids[:score_images]), ds.subset(ds.ids[:mask_images])
     results = score_maps(runs, scored, out/'seeds', device)
-    steps = run_second_half(runs['v2'], part, val, out/'second', seed, device=device, log=log)
-    rows, notes = score_rows(results), dict(dataset=f'mini, {images} scenes for training, {len(scored)} scored, {len(part)} from the seeds on', seed=seed, epochs=epochs)
+    steps, rows = run_second_half(runs['v2'], part, val, out/'second', seed, options, device, log), score_rows(results)
+    notes = dict(dataset=f'mini, {images} scenes for training, {len(scored)} scored, {len(part)} from the seeds on', seed=seed, epochs=epochs)
     metrics = dict(rows=rows, steps=steps, seconds=round(time.time()-start, 1), **notes)
     write_json(out/'metrics.json', metrics)
     page = write_report(out, rows, steps, dict(notes, seconds=metrics['seconds']), _figures(out, scored, part, val, results, runs))
