@@ -381,7 +381,7 @@ def _entries(js, part, file, bad):
     if not isinstance(js, dict) or not isinstance(js.get(part), list): raise DataError(file, f'has no list of {part}, so it is not an instances file of COCO', 'Use instances_train2014.json or instances_val2014.json')
     good = []
     for n,e in enumerate(js[part]):
-        wrong = [k for k,t in _FIELDS[part].items() if not isinstance(e, dict) or not isinstance(e.get(k), t)]
+        wrong = [k for k,t in _FIELDS[part].items() if not isinstance(e, dict) or not isinstance(e.get(k), t) or isinstance(e[k], bool)]   # to Python, true is an int
         if not wrong: good.append(e); continue
         with _noted(bad, f'{part} {n}'): raise DataError(file, f'entry {n} of {part} has no usable {wrong[0]}', 'Correct or delete it')
     return sorted(good, key=lambda e: (isinstance(e['id'], str), e['id']))
@@ -416,7 +416,7 @@ def _coco_labels(coco, index, file, bad=None):
     for a in coco.dataset['annotations']:
         name = coco.imgs.get(a['image_id'], {}).get('file_name', a['image_id'])
         if a['category_id'] in index: found.setdefault(a['image_id'], set()).add(index[a['category_id']]); continue
-        with _noted(bad, PurePosixPath(str(name)).with_suffix('').as_posix()): raise DataError(file, f'annotation {a["id"]} has the unknown category {a["category_id"]}', 'Add the category to the file or delete the annotation')
+        with _noted(bad, os.path.splitext(str(name))[0]): raise DataError(file, f'annotation {a["id"]} has the unknown category {a["category_id"]}', 'Add the category to the file or delete the annotation')
     return found
 
 def _of(table, id): return table[id]

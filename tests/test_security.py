@@ -127,6 +127,20 @@ def test_names_in_coco(tmp_path, name):
     if name=='...jpg': return
     with pytest.raises(DataError, match='instances_val2014.json'): get_dataset(f'coco:{tmp_path}', 'val')
 
+@pytest.mark.parametrize('field', ['id', 'width', 'height'])
+def test_true_is_no_number_in_coco(tmp_path, field):
+    pytest.importorskip('pycocotools')
+    for d in ('annotations', 'val2014'): (tmp_path/d).mkdir()
+    js = dict(images=[{**dict(id=1, file_name='a.jpg', width=4, height=4), field: True}], categories=[dict(id=1, name='cat')], annotations=[]); (tmp_path/'annotations/instances_val2014.json').write_text(json.dumps(js))
+    with pytest.raises(DataError, match=f'entry 0 of images has no usable {field}'): get_dataset(f'coco:{tmp_path}', 'val')
+
+@pytest.mark.parametrize('image_id', ['', '.', 7])
+def test_unknown_category_of_an_unknown_image_in_coco(tmp_path, image_id):
+    pytest.importorskip('pycocotools')
+    for d in ('annotations', 'val2014'): (tmp_path/d).mkdir()
+    js = dict(images=[], categories=[dict(id=1, name='cat')], annotations=[dict(id=3, image_id=image_id, category_id=8, segmentation=[])]); (tmp_path/'annotations/instances_val2014.json').write_text(json.dumps(js))
+    with pytest.raises(DataError, match='annotation 3 has the unknown category 8'): get_dataset(f'coco:{tmp_path}', 'val')
+
 def test_links_out_of_the_folder(tmp_path):
     root = photos(tmp_path/'d', 'ab'); Image.new('RGB', (9, 9)).save(tmp_path/'private.png'); (root/'images/link.png').symlink_to(tmp_path/'private.png')
     with pytest.raises(DataError, match='link to a place outside'): get_dataset(f'folder:{root}', 'all')

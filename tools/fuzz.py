@@ -197,6 +197,16 @@ def target_sbd(root):
     def mat(**kw): o = io.BytesIO(); savemat(o, dict(GTcls=dict(Segmentation=np.arange(12, dtype=np.uint8).reshape(3, 4), Boundaries=0)), **kw); return o.getvalue()
     return [mat(), mat(do_compression=True)], 'a.mat', lambda p: _sbd_mask(p, 20)
 
+def target_reference(root):
+    "the reference's .npy seeds: a dictionary of arrays, pickled inside an array of one object"
+    import pickle
+    from mctformer_nb.interchange import read_reference_seed
+    maps = np.random.default_rng(0).random((2, 6, 7)).astype(np.float32); seeds = [{0: maps[0], 3: maps[1]}, {np.int64(4): maps[0].T}]
+    def one(seed, protocol):
+        o = io.BytesIO(); np.lib.format.write_array_header_1_0(o, dict(descr='|O', fortran_order=False, shape=())); pickle.dump(np.array(seed, dtype=object), o, protocol=protocol)
+        return o.getvalue()
+    return [arrays(np.save, arr=seeds[0], allow_pickle=True), one(seeds[0], 2), one(seeds[1], 3), one(seeds[0], 4)], 'a.npy', read_reference_seed
+
 def target_json(root):
     from mctformer_nb.core import read_json
     from mctformer_nb.random_walk import background_score
