@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 import torch, torch.nn.functional as F
 from safetensors.torch import save_file
-from timm.layers import Format, trunc_normal_
+from timm.layers import Format, Mlp, trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -57,6 +57,20 @@ def _start_tokens(vit, C):
     row = pos[:, :1] if n else torch.zeros(1, 1, D)
     return token.repeat(1, C, 1), row.repeat(1, C, 1), pos[:, n:].clone()
 
+# %% ../nbs/11_mctformer.ipynb #6d77e0bc
+class _LeanMlp(Mlp):
+    "timm's MLP, which in training keeps its hidden layer once, not twice"
+    def forward(self, x):
+        x = self.fc1(x)                                            # (B,N,D) -> (B,N,4D)
+        return checkpoint(self.after, x, use_reentrant=False) if self.training and torch.is_grad_enabled() else self.after(x)
+    def after(self, x): return self.drop2(self.fc2(self.norm(self.drop1(self.act(x)))))    # (B,N,4D) -> (B,N,D)
+
+def _lean(blocks):
+    "The same blocks, parameters and names; only plain MLPs of timm change"
+    for b in blocks:
+        if type(b.mlp) is Mlp: b.mlp.__class__ = _LeanMlp
+    return blocks
+
 # %% ../nbs/11_mctformer.ipynb #ee9a1132
 class MCTformer(nn.Module):
     "Multi-class token transformer, V1 or V2 (Sections 3.1-3.3). Raises `DataError` for backbones and sizes it cannot take."
@@ -76,7 +90,7 @@ class MCTformer(nn.Module):
         self.num_classes, self.variant, self.score, self.grad_checkpointing = num_classes, variant, score, grad_checkpointing
         self.backbone, self.backbone_args, self.reference = backbone if isinstance(backbone, str) else 'custom', backbone_args, None
         self.patch_size, self.embed_dim, self.grid = vit.patch_embed.feat_ratio(), vit.embed_dim, tuple(vit.patch_embed.grid_size)
-        self.patch_embed, self.pos_drop, self.norm_pre, self.blocks = _as_grid(vit.patch_embed), vit.pos_drop, vit.norm_pre, vit.blocks
+        self.patch_embed, self.pos_drop, self.norm_pre, self.blocks = _as_grid(vit.patch_embed), vit.pos_drop, vit.norm_pre, _lean(vit.blocks)
         self.cls_token, self.pos_embed_cls, self.pos_embed_pat = map(nn.Parameter, _start_tokens(vit, num_classes))
         self.head = _patch_head(self.embed_dim, num_classes) if variant == 'v2' else None
         self.score_head = _score_head(self.embed_dim, num_classes) if score == 'fc' else None
