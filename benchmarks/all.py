@@ -1,11 +1,11 @@
-"""Runs every benchmark of a stage, one after the other, and writes results/bench.json. About 15 minutes on a slow core; about 10 GB of memory.
+"""Runs every benchmark of a stage, one after the other, and writes results/bench.json. About 20 minutes on a slow core; about 10 GB of memory.
 
     python benchmarks/all.py [--device cpu] [--threads 1] [--quick]"""
 import argparse, os, subprocess, sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = dict(startup=False, sweep=False, random_walk=True, crf=False, train_step=True, extraction=True)   # script: does it run on a GPU?
+SCRIPTS = dict(startup=False, sweep=False, random_walk=True, crf=False, train_step=True, extraction=True, profiles=False)   # script: does it run on a GPU?
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); A = p.add_argument
