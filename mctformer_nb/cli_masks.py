@@ -89,8 +89,9 @@ def _affinity(a):
     _recipe(a, 'affinity', dict(backbone='mct_resnet38', pretrained=False, epochs=5, batch_size=8, crop=448))
     train_affinity(a.labels, _training_data(a, a.split), a.out, **_fit_options(a))
     small = dict(stride=4, steps=8) if a.recipe=='quick' else {}
-    found = Path(a.out).parent/'seeds.json'                # the scores of the seeds, where the last hint but two was followed
-    _trained(a); _next(a, 'mct_masks', affinity=a.out, data=a.data, split=a.split, **small, background=found if found.is_file() else None)
+    found, beside = Path(a.out).parent/'seeds.json', [Path(p).parent/'seeds' for p in (a.out, a.labels)]     # the scores of the seeds, where the last hint but two was followed
+    seeds = None if beside[0].is_dir() else beside[1] if beside[1].is_dir() else 'DIR'                       # where mct_masks looks by itself; else in words
+    _trained(a); _next(a, 'mct_masks', seeds=seeds, affinity=a.out, data=a.data, split=a.split, **small, background=found if found.is_file() else None)
 
 # %% ../nbs/61_cli_masks.ipynb #5677b021
 def mct_segment_train(

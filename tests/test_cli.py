@@ -176,3 +176,12 @@ def test_reader_that_leaves(here, root):
     code = 'import sys; from mctformer_nb import cli; sys.exit(cli.mct_info(["--variant", "v1"]))'
     p = subprocess.run(['bash', '-c', f"'{sys.executable}' -u -c '{code}' | head -c 1 >/dev/null"], capture_output=True, text=True, cwd=root)
     assert 'Traceback' not in p.stderr and 'Errno' not in p.stderr
+
+@pytest.mark.parametrize('seeds,hint', [('runs/seeds', ''), ('seeds', '--seeds seeds '), (None, '--seeds DIR ')])
+def test_hint_of_affinity_names_the_seeds(tmp_path, monkeypatch, seeds, hint):
+    "Beside the affinity they are found without a word, beside the labels they are named, elsewhere the user is asked"
+    import mctformer_nb.affinitynet as A, mctformer_nb.cli_masks as M
+    monkeypatch.chdir(tmp_path); monkeypatch.setattr(A, 'train_affinity', lambda *a, **kw: None); monkeypatch.setattr(M, '_trained', lambda a: None)
+    if seeds: (tmp_path/seeds).mkdir(parents=True)
+    assert M.mct_affinity(['--labels', 'labels', '--data', 'mini', '--out', 'runs/affinity', '--json', 'a.json'])==0
+    assert json.loads(Path('a.json').read_text())['next'].startswith(f'mct_masks {hint}--affinity runs/affinity --data mini ')
