@@ -283,6 +283,7 @@ def mct_seeds(
     p.add_argument('--batch-size', type=_number(int, 1), default=8, help='photos a batch (default: 8)')
     p.add_argument('--labels', choices=['given', 'predicted'], default='given', help='labels from the data or from the model (default: given)')
     p.add_argument('--label-threshold', type=_number(float, 0, 1), default=.5, help='probability from which a predicted class counts (default: 0.5)')
+    p.add_argument('--precision', choices=['float32', 'bf16', 'fp16', 'int8'], default='float32', help='of the network: fp16 for GPUs, int8 for a CPU (default: float32)')
     p.add_argument('--overwrite', action='store_true', help='write seeds anew that exist')
     return _run(p, argv, _seeds)
 
@@ -299,7 +300,7 @@ def _seeds(a):
     set_seed(a.seed)
     for ds in data:
         r = a.outcome[ds.split] = extract_seeds(model, ds, a.out, a.kind, a.layers, not a.no_refine, a.rule, a.scales, not a.no_flip, a.batch_size, a.image_size,
-                                                a.labels, a.label_threshold, device, a.overwrite)
+                                                a.labels, a.label_threshold, device, a.overwrite, precision=a.precision)
         print(f'{ds.split}: {r.written} seeds written to {a.out}, {r.skipped} were there, {r.seconds:.0f} s')
         if r.empty: print(f'{r.empty} images have no label: their seeds are empty. --labels predicted asks the model instead.')
         r.bad = ds.bad + r.bad; bad += r.bad

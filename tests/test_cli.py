@@ -184,4 +184,4 @@ def test_hint_of_affinity_names_the_seeds(tmp_path, monkeypatch, seeds, hint):
     monkeypatch.chdir(tmp_path); monkeypatch.setattr(A, 'train_affinity', lambda *a, **kw: None); monkeypatch.setattr(M, '_trained', lambda a: None)
     if seeds: (tmp_path/seeds).mkdir(parents=True)
     assert M.mct_affinity(['--labels', 'labels', '--data', 'mini', '--out', 'runs/affinity', '--json', 'a.json'])==0
-    assert json.loads(Path('a.json').read_text())['next'].startswith(f'mct_masks {hint}--affinity runs/affinity --data mini ')
+    assert json.loads((tmp_path/'a.json').read_text())['next'].startswith(f'mct_masks {hint}--affinity runs/affinity --data mini ')
