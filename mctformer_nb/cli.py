@@ -196,6 +196,7 @@ def _train_args(p):
     p.add_argument('--amp', choices=['fp16', 'bf16', 'off'], help='precision (default: fp16 on CUDA, else off)')
     num('--workers', int, 0, 'processes that load photos (default: 0)', default=0)
     p.add_argument('--cache', action='store_true', default=None, help='keep decoded photos in memory')
+    p.add_argument('--compile', action='store_true', help='torch.compile the network: a minute or two at the start, then faster steps')
     p.add_argument('--skip-bad', action='store_true', help='leave out photos and labels that cannot be used, instead of stopping; they are listed')
     p.add_argument('--fresh', action='store_true', help='throw away the run that is in the folder')
 
@@ -238,7 +239,7 @@ def _train(a):
     if a.variant=='cam' and not a.backbone: a.recipe, a.backbone = a.recipe or 'reference', 'resnet50'
     _recipe(a, 'train', dict(backbone='deit_small_patch16_224', pretrained=True, epochs=60, batch_size=64, image_size=224, warmup_epochs=5, per_step=False, aug='reference', valid_aug='center', cache=False))
     a.out = a.out or f'runs/{a.variant}'; ds, valid = _training_data(a, a.split), a.valid_split and _training_data(a, a.valid_split)
-    same = 'variant backbone score epochs batch_size image_size lr min_lr warmup_epochs per_step weight_decay drop_path aug valid_aug amp seed workers cache fresh pretrained'
+    same = 'variant backbone score epochs batch_size image_size lr min_lr warmup_epochs per_step weight_decay drop_path aug valid_aug amp compile seed workers cache fresh pretrained'
     train_classifier(ds, valid or None, a.out, device=device, on_bad='skip' if a.skip_bad else 'raise', lr_mult=_factors(a.lr_mult), **{k: getattr(a, k) for k in same.split()})
     small = dict(image_size=a.image_size, layers='all', scales='1,1.5') if a.recipe=='quick' else {}
     _trained(a); _next(a, 'mct_seeds', run=a.out, data=a.data, split=a.split, **small)
