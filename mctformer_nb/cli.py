@@ -133,11 +133,12 @@ def mct_demo(
     p.add_argument('--out', default='demo', metavar='DIR', help='folder of report.html, metrics.json and figures/ (default: demo)')
     p.add_argument('--device', help='cpu, cuda, cuda:1 (default: cuda where there is one)')
     p.add_argument('--seed', type=_number(int, 0), default=0, help='of everything random (default: 0)')
+    p.add_argument('--epochs', type=_number(int, 1), default=8, help='of V1 and V2; the tables of the drawn data have 12, which takes a minute or two more (default: 8)')
     return _run(p, argv, _demo)
 
 def _demo(a):
     from mctformer_nb.demo import run_demo
-    a.outcome = run_demo(a.out, seed=a.seed, device=_check_device(a.device))
+    a.outcome = run_demo(a.out, seed=a.seed, epochs=a.epochs, device=_check_device(a.device))
     print(f'done in {_took(a)}: open {Path(a.out)/"report.html"} in a browser')
     _next(a, 'mct_predict PHOTO', run=Path(a.out)/'second/segmentation/run')
 
