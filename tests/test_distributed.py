@@ -1,5 +1,5 @@
 "Several processes give what one gives, and finish what one of them left when it was killed; the same seed gives the same files"
-import os, signal, socket, subprocess, sys, time
+import json, os, shlex, signal, socket, subprocess, sys, time
 import numpy as np, pandas as pd, pytest
 from pathlib import Path
 from safetensors.numpy import load_file
@@ -125,3 +125,29 @@ def test_same_seed_same_files(tmp_path, what):
     assert a==b and any(k.endswith(('.safetensors', '.npz')) for k in a)
 
 if __name__=='__main__': globals()[sys.argv[1]](Path(sys.argv[2]), *(eval(a) for a in sys.argv[3:]))
+
+def tutorial_commands():
+    cells = json.loads((ROOT/'nbs/tutorials/many_gpus.ipynb').read_text(encoding='utf-8'))['cells'] if (ROOT/'nbs').is_dir() else []
+    return [l for c in cells for l in ''.join(c['source']).splitlines() if l.startswith('torchrun ')]
+
+@pytest.mark.parametrize('line', tutorial_commands())
+def test_torchrun_takes_the_commands_of_the_tutorial(line):
+    "Its parser looks for its own options behind the program too, and finds --run-path in --run"
+    from torch.distributed.run import get_args_parser
+    from mctformer_nb import cli, cli_masks
+    a = get_args_parser().parse_args(shlex.split(line)[1:]); name = a.training_script
+    assert a.no_python and hasattr(cli if hasattr(cli, name) else cli_masks, name) and a.training_script_args[0].startswith('--')
+
+@pytest.mark.slow
+def test_torchrun_with_a_command(tmp_path):
+    from PIL import Image
+    from mctformer_nb.mctformer import MCTformer, save_run
+    ds = photos(5); (tmp_path/'my/images').mkdir(parents=True); (tmp_path/'my/classes.txt').write_text('\n'.join(ds.classes)+'\n')
+    for i in range(5): ds.image(i).save(tmp_path/f'my/images/{i}.png')
+    (tmp_path/'my/labels.csv').write_text('image,labels\n'+''.join(f'{i}.png,{";".join(ds.classes[c] for c in ds.labels(i))}\n' for i in range(5)))
+    save_run(MCTformer(len(ds.classes), 'v2', 'mct_tiny_patch8_96'), tmp_path/'run', classes=list(ds.classes), image_size=48)
+    env = dict(os.environ, OMP_NUM_THREADS='1', PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
+    one = ['mct_seeds', '--run', 'run', '--data', 'folder:my', '--device', 'cpu', '--out']
+    for args in ([*one, 'one'], ['torchrun', '--nproc-per-node', '2', '--no-python', '--', *one, 'two']):
+        r = subprocess.run(args, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300); assert r.returncode==0, r.stderr
+    for i in range(5): assert (tmp_path/f'one/{i}.npz').read_bytes()==(tmp_path/f'two/{i}.npz').read_bytes()
