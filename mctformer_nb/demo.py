@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEMO_MAPS', 'DEMO_RECIPE', 'DEMO_SEEDS', 'DEMO_SECOND', 'paper_miou', 'train_both', 'score_maps', 'score_rows',
-           'figure5', 'run_second_half', 'chain_figure', 'write_report', 'run_demo']
+           'figure5', 'run_second_half', 'chain_figure', 'story_figure', 'write_report', 'run_demo']
 
 # %% ../nbs/52_demo.ipynb #a8f8b1a9
 import base64, html, time
@@ -154,6 +154,25 @@ def chain_figure(
     for ax in axs.flat: ax.set(xticks=[], yticks=[])
     return fig
 
+# %% ../nbs/52_demo.ipynb #a58e66f8
+def story_figure(
+    ds:Dataset, # training scenes
+    out:str|Path, # folder of `run_second_half`
+    n:int=3, # rows: the first scenes with two labels
+) -> Figure:
+    "What goes in and what comes out: scene and labels, the map of each label, pseudo mask, ground truth"
+    out, some = Path(out), [i for i in range(len(ds)) if len(ds.labels(i))==2][:n]
+    fig = Figure(figsize=(11, 2.32*len(some)+.3), dpi=100, layout='constrained'); axs = fig.subplots(len(some), 5, squeeze=False)
+    for i,row in zip(some, axs):
+        im, (classes,maps) = ds.image(i), load_seed(out/'seeds'/f'{ds.ids[i]}.npz'); names = [ds.classes[c] for c in classes]
+        row[0].imshow(im)
+        for ax,m in zip(row[1:3], maps): ax.imshow(im, alpha=.55); ax.imshow(m.astype(np.float32), cmap='jet', alpha=.5, vmin=0, vmax=1, interpolation='bilinear')
+        for ax,m in zip(row[3:], (open_mask(out/'masks'/f'{ds.ids[i]}.png'), ds.mask(i))): ax.imshow(overlay(im, m))
+        for ax,t in zip(row, (', '.join(names), *names)): ax.set_xlabel(t, fontsize=13)
+    for ax,t in zip(axs[0], ('image and its labels', 'map of one', 'map of the other', 'pseudo mask', 'ground truth')): ax.set_title(t, fontsize=13)
+    for ax in axs.flat: ax.set(xticks=[], yticks=[])
+    return fig
+
 # %% ../nbs/52_demo.ipynb #98dbd5ba
 def _png(path): return f'<img alt="{html.escape(Path(path).stem)}" src="data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}">'
 
@@ -192,12 +211,14 @@ def _figures(out, ds, part, val, results, runs):
     def save(fig, name):
         with atomic_path(folder/name) as p: fig.savefig(p, format='png', bbox_inches='tight')
     save(figure5(ds, Path(out)/'seeds'), 'maps.png'); save(chain_figure(part, val, Path(out)/'second'), 'masks.png')
+    save(story_figure(part, Path(out)/'second'), 'story.png')
     fig = Figure(figsize=(6.5,3.2), dpi=80, layout='constrained'); ax = fig.subplots()
     for name,r in results.items(): ax.plot(r.thresholds, r.miou, label=name.replace('_', ' '))
     ax.set(xlabel='background threshold', ylabel='mIoU (%)'); ax.legend(fontsize=8, frameon=False); save(fig, 'thresholds.png')
     for v,run in runs.items():
         with atomic_path(folder/f'training_{v}.png') as p: Path(p).write_bytes((Path(run)/'figures'/'loss.png').read_bytes())
-    return {'maps.png': 'One class per row. Attention finds the object, the patch CAM separates classes, their product does both, affinity fills the object.',
+    return {'story.png': 'What goes in and what comes out. The first column is all that training is given.',
+            'maps.png': 'One class per row. Attention finds the object, the patch CAM separates classes, their product does both, affinity fills the object.',
             'masks.png': 'Above: pseudo masks of training scenes. Below: scenes that no network has seen.',
             'thresholds.png': 'mIoU at every background threshold, in one pass over the pixels.',
             'training_v1.png': 'V1 while training.', 'training_v2.png': 'V2 while training: class tokens and patches.'}

@@ -216,10 +216,11 @@ class Table:
         return f'<table>{cap}<thead>{line(self.head, "th")}</thead><tbody>{"".join(line(r, "td") for r in self.rows)}</tbody></table>'
 
 # %% ../nbs/50_tables.ipynb #0ccc158c
-def _cell(s, digits):
-    "Mean, and standard deviation over seeds where there are several"
+def _cell(s, digits, n=None):
+    "Mean, and standard deviation over seeds where there are several; how many, unless they are the `n` that the caption names"
     if s is None: return '-'
-    return f'{s["mean"]:.{digits}f}' + (f' ± {s["std"]:.{digits}f} ({s["n"]} seeds)' if s['std'] is not None else '')
+    if s['std'] is None: return f'{s["mean"]:.{digits}f}'
+    return f'{s["mean"]:.{digits}f} ± {s["std"]:.{digits}f}' + (f' ({s["n"]} seeds)' if s['n']!=n else '')
 
 # %% ../nbs/50_tables.ipynb #952bc484
 def compare_table(
@@ -235,12 +236,14 @@ def compare_table(
     names = [*paper['rows'], *dict.fromkeys(r for r,_,_ in ours if r not in paper['rows'])]
     metrics = [*paper['metrics'], *dict.fromkeys(m for _,m,_ in ours if m not in paper['metrics'])]
     columns = [(m, d) for m in metrics for d in ([None] if m in paper['metrics'] else []) + [d for d in sets if m in paper['metrics'] and d in (paper['dataset'], *sets[:not many]) or any(k[1:]==(m, d) for k in ours)]]
+    several = {s['n'] for s in ours.values() if s['std'] is not None}; n_seeds = several.pop() if len(several)==1 else None
     def cell(row, m, d):
         published = dict(zip(paper['metrics'], paper['rows'].get(row, ())))
-        return _cell(ours.get((row, m, d)), digits) if d else f'{published[m]:.1f}' if m in published else '-'
+        return _cell(ours.get((row, m, d)), digits, n_seeds) if d else f'{published[m]:.1f}' if m in published else '-'
     head = ['method'] + [f'{m}, {"paper" if d is None else d if many else "ours"}' for m,d in columns]
     others = [d for d in sets if d!=paper['dataset']]
     where = f' Ours: {", ".join(others)}; columns of different data are not comparable.' if others else ''
+    if n_seeds: where += f' After ± the standard deviation over {n_seeds} seeds.'
     return Table(head, [[r, *(cell(r, *c) for c in columns)] for r in names], f'Table {n}. {paper["title"]}. Paper: {paper["dataset"]}.{where}')
 
 # %% ../nbs/50_tables.ipynb #091e09bf

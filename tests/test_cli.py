@@ -1,8 +1,9 @@
 "The commands as a user types them: help, exit statuses, one-line errors, and the chain from photos to scores"
-import json, os, shlex, signal, subprocess, sys, time
+import json, os, re, shlex, signal, subprocess, sys, time
+from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
-from mctformer_nb import cli
+from mctformer_nb import cli, cli_masks
 from mctformer_nb.mini import draw_scene, mini_classes
 
 COMMANDS = ['mct_demo', 'mct_prepare_voc', 'mct_train', 'mct_seeds', 'mct_score', 'mct_report', 'mct_info', 'mct_convert']
@@ -149,7 +150,6 @@ def test_json_to_stdout(here, capsys):
 
 def test_following_the_hints(here, capsys):
     "The chain by its own hints and default folders, from the first command on"
-    from mctformer_nb import cli_masks
     argv = [*TRAIN, '--out', 'hints']
     line = 'mct_train ' + ' '.join(argv); seen = []
     while line and len(seen) < 4:
@@ -185,3 +185,34 @@ def test_hint_of_affinity_names_the_seeds(tmp_path, monkeypatch, seeds, hint):
     if seeds: (tmp_path/seeds).mkdir(parents=True)
     assert M.mct_affinity(['--labels', 'labels', '--data', 'mini', '--out', 'runs/affinity', '--json', 'a.json'])==0
     assert json.loads((tmp_path/'a.json').read_text())['next'].startswith(f'mct_masks {hint}--affinity runs/affinity --data mini ')
+
+ROOT = Path(__file__).parents[1]
+
+def told():
+    "(where, command line, is it whole?) of every command that README, changelog and notebooks name"
+    nbs = [f for f in sorted((ROOT/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in f.parts]
+    for f in (ROOT/'README.md', ROOT/'CHANGELOG.md', *nbs):
+        text = f.read_text(encoding='utf-8')
+        if f.suffix == '.ipynb': text = '\n'.join(''.join(c['source']) for c in json.loads(text)['cells'])
+        for block in re.findall(r'^```(?:sh|bash)?\n(.*?)^```', text, re.S|re.M):
+            lines = re.sub(r'\\\n\s*', ' ', block).splitlines()
+            yield from ((f.name, m[1], True) for line in lines if (m := re.search(r'(?:^|&& |; |-- |--no_python )(mct_\w+ .*)', line)))
+        yield from ((f.name, m, False) for m in re.findall(r'`(mct_\w+ [^`\n]+)`', text))
+
+def test_every_command_that_is_told_is_understood(monkeypatch, capsys):
+    "As its own parser reads it; of a mere mention only the options. The examples of --help too"
+    parsers = {}
+    def parse(p, argv, body): parsers[p.prog] = p; p.parse_args(argv); return 0
+    monkeypatch.setattr(cli, '_run', parse); monkeypatch.setattr(cli_masks, '_run', parse)
+    def understood(line):
+        name, *argv = shlex.split(line, comments=True); command = getattr(cli, name, None) or getattr(cli_masks, name)
+        try: return command(argv) == 0
+        except SystemExit as e: return e.code == 0
+    lines = list(told()); assert len(lines) > 40
+    for name in {line.split()[0] for _,line,_ in lines}: assert understood(f'{name} --help')
+    for where,line,whole in lines:
+        if whole: assert understood(line), (where, line, capsys.readouterr().err)
+        name, *argv = shlex.split(line, comments=True)
+        assert not (unknown := {a for a in argv if a.startswith('--')} - {*parsers[name]._option_string_actions}), (where, line, unknown)
+    for p in parsers.values():
+        for line in p.epilog.splitlines()[1:]: assert understood(line), (line, capsys.readouterr().err)

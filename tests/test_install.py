@@ -36,7 +36,7 @@ def test_metadata(wheel):
         info = f"{PKG}-{CFG['version']}.dist-info"; meta = z.read(f'{info}/METADATA').decode(); entry = z.read(f'{info}/entry_points.txt').decode()
     assert all(f'Provides-Extra: {e}' in meta for e in ('coco', 'crf', 'dev'))
     assert all(s.split('=')[0]+' = ' in entry.replace('=', ' = ').replace('  ', ' ') for s in CFG['console_scripts'].split())
-    assert '](index_files' not in meta and '](results' not in meta, 'README links must be absolute on an index page'
+    assert '](nbs' not in meta and '](results' not in meta, 'README links must be absolute on an index page'
 
 def test_import_from_an_empty_target(wheel, tmp_path):
     target = tmp_path/'site'
