@@ -20,8 +20,9 @@ from mctformer_nb.tables import new_record, save_records
 
 ANIMALS = ['cat', 'dog', 'cow', 'horse', 'sheep', 'person']
 FREEZE = {f'backbone.net.{n}': 0 for n in ('conv_stem', 'blocks.0', 'blocks.1')}
-MAPS = {'PatchCAM': dict(kind='patchcam', refine=False), 'Attention': dict(kind='attn', refine=False), 'Attention + PatchAffinity': dict(kind='attn', refine=True), 'Attention + PatchCAM': dict(kind='fused', refine=False),
-        'Attention + PatchCAM + PatchAffinity': dict(kind='fused', refine=True), 'Attention + PatchCAM, all layers': dict(kind='fused', refine=False, layers=None)}
+MAPS = {', its PatchCAM alone': dict(kind='patchcam', refine=False), ', its attention alone': dict(kind='attn', refine=False), ', its attention alone + PatchAffinity': dict(kind='attn', refine=True),
+        ' (Attention + PatchCAM)': dict(kind='fused', refine=False), ' (Attention + PatchCAM + PatchAffinity)': dict(kind='fused', refine=True),
+        ' (Attention + PatchCAM, all layers)': dict(kind='fused', refine=False, layers=None)}
 
 def record(a, table, row, r, metric='mIoU', split='train', **extra):
     "Two records: the mean over all classes that occur, and over background and the six frequent ones"
@@ -41,7 +42,7 @@ def main(a):
     for name,kw in MAPS.items():
         seeds = out/'maps'/name.replace(' ', '').replace('+', '_').replace(',', '_')
         extract_seeds(model, train, seeds, image_size=a.image_size, batch_size=8, **kw); r = sweep_threshold(seeds, train)
-        record(a, '5', f'MCTformer-V2 ({name})', r, threshold=r.best_threshold)
+        record(a, '5', f'MCTformer-V2{name}', r, threshold=r.best_threshold)
         if r.best_miou > best[0]: best = (r.best_miou, name, r.best_threshold)
     print(f'seeds of the chain: {best[1]}, background {best[2]:.2f}', flush=True)
     extract_seeds(model, ds, out/'seeds', image_size=a.image_size, batch_size=8, **MAPS[best[1]])
