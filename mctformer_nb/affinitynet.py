@@ -23,7 +23,7 @@ from torchvision.transforms import ColorJitter
 from . import __version__
 from .attention import IMAGENET_MEAN, IMAGENET_STD, evaluating, to_input
 from .backbones import DenseBackbone
-from .core import DataError, atomic_path, colorize, legend, read_json, write_json
+from .core import DataError, atomic_path, colorize, legend, new_figure, read_json, write_json
 from .crf import load_crf_label
 from .datasets import Dataset
 from .learner import KeepFrozen, PolySchedule, Precision, data_fingerprint, epoch_loader, fit_run, make_dls, param_groups, plain, seeded
@@ -251,7 +251,7 @@ def show_batch(
     epoch:int=0, # whose random numbers
 )->Figure:
     "Training photos as the network sees them, and their labels: white cells are ignored"
-    data = dls.train.dataset; fig = Figure(figsize=(1.5*n, 3.2), dpi=60, layout='constrained')
+    data = dls.train.dataset; fig = new_figure((1.5*n, 3.2), 60)
     mean,std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
     for i,(a,b) in enumerate(fig.subplots(2, n, squeeze=False).T):
         a.axis('off'); b.axis('off')
@@ -436,7 +436,7 @@ def show_results(
 )->Figure:
     "Photo, affinities of one cell (crossed) with its neighbours, and the boundary map"
     items = list(range(min(n, len(ds)))) if items is None else list(items)
-    fig = Figure(figsize=(1.5*len(items), 4.6), dpi=60, layout='constrained')
+    fig = new_figure((1.5*len(items), 4.6), 60)
     for i,axs in zip(items, fig.subplots(3, len(items), squeeze=False).T):
         im = ds.image(i); A = predict_affinity(net, im).cpu(); s = net.stride; around = lambda a: _mean_around(a.numpy(), net.offsets, math.inf)
         y,x = np.unravel_index((around(A**2) - around(A)**2).argmax(), A.shape[1:]) if cell is None else cell

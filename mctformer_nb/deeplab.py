@@ -25,7 +25,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from . import __version__
 from .backbones import DenseBackbone
-from .core import DataError, atomic_path, overlay, read_json, voc_palette, write_json
+from .core import DataError, atomic_path, new_figure, overlay, read_json, voc_palette, write_json
 from .datasets import Dataset, _file_mask
 from .learner import PolySchedule, Precision, data_fingerprint, epoch_loader, fit_run, make_dls, param_groups, plain, seeded
 from .mctformer import _check_config, _check_keys
@@ -191,7 +191,7 @@ def show_batch(
 )->Figure:
     "Training samples as the network sees them, and with their masks"
     data = dls.train.dataset; n = min(n, len(data))
-    fig = Figure(figsize=(1.4*n, 3.3), dpi=50, layout='constrained'); axs = fig.subplots(2, n, squeeze=False)
+    fig = new_figure((1.4*n, 3.3), 50); axs = fig.subplots(2, n, squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for i,(a,b) in enumerate(axs.T):
         x, y = data[i, epoch]; photo = _photo(x)
@@ -406,7 +406,7 @@ def show_results(
 )->Figure:
     "Columns of photo, ground truth (where there is one) and prediction"
     items = list(range(len(ds)))[:n] if items is None else list(items)
-    fig = Figure(figsize=(1.4*len(items), 4.8), dpi=50, layout='constrained'); axs = fig.subplots(3, len(items), squeeze=False)
+    fig = new_figure((1.4*len(items), 4.8), 50); axs = fig.subplots(3, len(items), squeeze=False)
     model.eval()
     for i,col in zip(items, axs.T):
         im = ds.image(i)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
-from .core import atomic_path, open_mask, overlay, write_json
+from .core import atomic_path, new_figure, open_mask, overlay, write_json
 from .crf import LABEL_CRF
 from .datasets import Dataset, get_dataset
 from .mctformer import load_run
@@ -90,7 +90,7 @@ def figure5(
 ) -> Figure:
     "Photo, ground truth and every kind of map, as in Figure 5"
     some = [i for i in range(len(ds)) if len(ds.labels(i))>1][:n]
-    fig = Figure(figsize=(1.5*(2+len(DEMO_MAPS)), 1.6*len(some)), dpi=72, layout='constrained')
+    fig = new_figure((1.5*(2+len(DEMO_MAPS)), 1.6*len(some)), 72)
     axs = fig.subplots(len(some), 2+len(DEMO_MAPS), squeeze=False)
     for i,row in zip(some, axs):
         c, im = int(ds.labels(i)[0]), ds.image(i)
@@ -144,7 +144,7 @@ def chain_figure(
     out = Path(out); few = [i for i in range(len(ds)) if len(ds.labels(i))>1][:n]
     rows = [(d, i, [d.mask(i)] + [open_mask(f/f'{d.ids[i]}.png') for f in folders])
             for d,which,folders in ((ds, few, [out/'masks']), (val, range(min(len(few), len(val))), [out/'segmentation'/'masks', out/'supervised'/'masks'])) for i in which]
-    fig = Figure(figsize=(1.5*len(few), 6*1.55), dpi=72, layout='constrained')
+    fig = new_figure((1.5*len(few), 6*1.55), 72)
     axs, k = fig.subplots(7, len(few), squeeze=False), len(few)
     titles = ('training scene', 'ground truth', 'pseudo mask', 'unseen scene', 'ground truth', 'from pseudo masks', 'from true masks')
     for j,(d,i,masks) in enumerate(rows):
@@ -162,7 +162,7 @@ def story_figure(
 ) -> Figure:
     "What goes in and what comes out: scene and labels, the map of each label, pseudo mask, ground truth"
     out, some = Path(out), [i for i in range(len(ds)) if len(ds.labels(i))==2][:n]
-    fig = Figure(figsize=(11, 2.32*len(some)+.3), dpi=100, layout='constrained'); axs = fig.subplots(len(some), 5, squeeze=False)
+    fig = new_figure((11, 2.32*len(some)+.3), 100); axs = fig.subplots(len(some), 5, squeeze=False)
     for i,row in zip(some, axs):
         im, (classes,maps) = ds.image(i), load_seed(out/'seeds'/f'{ds.ids[i]}.npz'); names = [ds.classes[c] for c in classes]
         row[0].imshow(im)
@@ -212,7 +212,7 @@ def _figures(out, ds, part, val, results, runs):
         with atomic_path(folder/name) as p: fig.savefig(p, format='png', bbox_inches='tight')
     save(figure5(ds, Path(out)/'seeds'), 'maps.png'); save(chain_figure(part, val, Path(out)/'second'), 'masks.png')
     save(story_figure(part, Path(out)/'second'), 'story.png')
-    fig = Figure(figsize=(6.5,3.2), dpi=80, layout='constrained'); ax = fig.subplots()
+    fig = new_figure((6.5,3.2), 80); ax = fig.subplots()
     for name,r in results.items(): ax.plot(r.thresholds, r.miou, label=name.replace('_', ' '))
     ax.set(xlabel='background threshold', ylabel='mIoU (%)'); ax.legend(fontsize=8, frameon=False); save(fig, 'thresholds.png')
     for v,run in runs.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image
 from .attention import evaluating, minmax, to_input
-from .core import DataError, overlay, progress
+from .core import DataError, new_figure, overlay, progress
 from .datasets import Dataset
 from .scores import confusion, iou_fp_fn, seed_to_mask
 from .seeds import load_seed
@@ -142,8 +142,7 @@ def _top(model, image, size, n=3):
 
 def _static(image, maps, names, threshold):
     "A row for each class: photo, the mean of heads of each layer, and what is above the threshold of the mean of all"
-    from matplotlib.figure import Figure
-    L = len(maps); fig = Figure(figsize=(1.2*(L+3), 1.4*len(names)), dpi=72, layout='constrained')
+    L = len(maps); fig = new_figure((1.2*(L+3), 1.4*len(names)), 72)
     axs = fig.subplots(len(names), L+3, squeeze=False)
     for c,(name,row) in enumerate(zip(names, axs)):
         _view(image, maps[:, :, c], name, None, None, threshold, row[[0, L+1, L+2]]); row[L+1].set_title('mean of all', fontsize=9)

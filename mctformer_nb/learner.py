@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
-from .core import DataError, atomic_path, folder_lock, progress, set_seed
+from .core import DataError, atomic_path, folder_lock, new_figure, progress, set_seed
 from .datasets import Dataset
 from .ranks import barrier, connected, first_alone, gathered, my_part, rank, rank_mean, world
 
@@ -189,7 +189,7 @@ def plot_history(
 )->Figure:
     "Losses and metrics (percent) by epoch"
     path = Path(history); h = pd.read_csv(path/'history.csv' if path.is_dir() else path)
-    fig = Figure(figsize=(7, 2.6), dpi=80, layout='constrained'); a,b = fig.subplots(1, 2)
+    fig = new_figure((7, 2.6), 80); a,b = fig.subplots(1, 2)
     a.plot(h.epoch, h.train_loss, label='train'); a.set(xlabel='epoch', ylabel='loss')
     if h.valid_loss.notna().any(): a.plot(h.epoch, h.valid_loss, label='valid')
     if prior: a.axhline(prior, color='grey', ls=':', label='label frequencies')

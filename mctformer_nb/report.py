@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import AttrDict
 from matplotlib.figure import Figure
-from .core import DataError, atomic_path, open_mask, overlay, progress, read_json
+from .core import DataError, atomic_path, new_figure, open_mask, overlay, progress, read_json
 from .datasets import Dataset
 from .learner import plot_history
 from .scores import confusion, iou_fp_fn, plot_sweep, score_masks, seed_to_mask, sweep_threshold
@@ -66,7 +66,7 @@ def plot_classes(
     "One bar a class: IoU, false positives and false negatives as shares of the union, the best class on top"
     per = {c: r for c,r in res['per_class'].items() if r['iou']==r['iou']}        # NaN: the class does not occur
     names = sorted(per, key=lambda c: per[c]['iou']); y, left = np.arange(len(names)), np.zeros(len(names))
-    fig = Figure(figsize=(7, .6 + .22*len(names)), dpi=80, layout='constrained'); ax = fig.subplots()
+    fig = new_figure((7, .6 + .22*len(names)), 80); ax = fig.subplots()
     for key,label,color in (('iou', 'IoU', '#2f6fb0'), ('fp', 'too much (FP)', '#f0b26b'), ('fn', 'missing (FN)', '#d9d9d9')):
         v = np.array([per[c][key] for c in names]); ax.barh(y, v, left=left, label=label, color=color); left += v
     for i,c in enumerate(names): ax.text(1, i, f"{per[c]['iou']:.0f}", va='center', fontsize=7, color='white' if per[c]['iou']>8 else 'black')
@@ -88,7 +88,7 @@ def plot_examples(
 ) -> Figure:
     "Photos; below them the ground truth, if there is any; below it the predicted masks"
     truth = any(ds.mask(i) is not None for i in ids)
-    fig = Figure(figsize=(1.7*len(ids), 1.75*(2+truth)), dpi=80, layout='constrained'); axs = fig.subplots(2+truth, len(ids), squeeze=False)
+    fig = new_figure((1.7*len(ids), 1.75*(2+truth)), 80); axs = fig.subplots(2+truth, len(ids), squeeze=False)
     for ax,id,t in zip(axs.T, ids, titles or ids):
         image, masks = ds.image(id), [*([ds.mask(id)] if truth else []), predicted_mask(folder, id, threshold)]
         for a,m in zip(ax, [None, *masks]): a.imshow(image if m is None else overlay(image, m))
@@ -135,7 +135,7 @@ def _scores_part(ds, folder, n):
     cards = [('mIoU (%)', f'{res.best_miou if seeds else res.miou:.1f}'), *((k.upper()+' (%)', f'{np.asarray(res[k])[i]:.1f}') for k in ('fp', 'fn')), *([('background threshold', f'{at:.2f}')] if seeds else []), ('images', res.n_images)]
     page = f'<h2>Scores</h2>{_cards(cards)}'
     if len(res.missing)+len(res.bad): page += f'<p>{len(res.missing)} images have no prediction, {len(res.bad)} could not be read; they are left out.</p>'
-    if seeds: fig = Figure(figsize=(6, 3), dpi=80, layout='constrained'); plot_sweep(res, fig.subplots()); page += _picture(fig, f'mIoU, FP and FN by background threshold, best {res.best_miou:.1f} at {at:.2f}', 'Scores at every background threshold. A flat top means that the choice hardly matters.')
+    if seeds: fig = new_figure((6, 3), 80); plot_sweep(res, fig.subplots()); page += _picture(fig, f'mIoU, FP and FN by background threshold, best {res.best_miou:.1f} at {at:.2f}', 'Scores at every background threshold. A flat top means that the choice hardly matters.')
     page += _picture(plot_classes(res), 'IoU, FP and FN of every class', 'Every class, best first.') + '<details><summary>As a table</summary>' + _rows([(c, *(f'{r[k]:.1f}' for k in ('iou', 'fp', 'fn'))) for c,r in res.per_class.items()], ('class', 'IoU', 'FP', 'FN')) + '</details>'
     rows = image_scores(folder, ds.subset([id for id in ds.ids if id not in dict(res.bad)]), at); k = min(n, (len(rows)+1)//2)
     for title,some in (('Best images', rows[::-1][:k]), ('Worst images', rows[:k])):

@@ -14,7 +14,7 @@ import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import AttrDict
 from PIL import Image
 from .attention import IMAGENET_MEAN, IMAGENET_STD, _check_request, evaluating, to_input
-from .core import DataError, atomic_path, folder_lock, open_mask, overlay, progress, read_json, voc_palette
+from .core import DataError, atomic_path, folder_lock, new_figure, open_mask, overlay, progress, read_json, voc_palette
 from .crf import SEG_CRF, _pydensecrf, _write_mask, claim_folder, cores, refined_mask, run_pool, sweep_folder
 from .datasets import Dataset, _photo, _photo_files, _photo_size
 from .mctformer import MCTformer, load_run
@@ -243,12 +243,12 @@ def show_masks(
     side:float=1.7, # inches a picture
 ): # matplotlib figure
     "Photos with their masks and the names of the colours; with ground truth in between where there is one"
-    import matplotlib.figure, matplotlib.patches          # only here: writing masks does not need it
+    import matplotlib.patches                             # only here: writing masks does not need it
     ds, folder = ds if isinstance(ds, Dataset) else photo_dataset(ds, classes or ()), Path(folder)
     ids = list(ids) if ids is not None else [i for i in ds.ids if (folder/f'{i}.png').is_file()][:n]
     if not ids: raise DataError(folder, f'holds no mask of {ds.name}', 'Write them with mct_segment, or check split and folder')
     kinds = ['photo', *['ground truth']*ds.has_masks, 'mask']
-    fig, seen = matplotlib.figure.Figure(figsize=(side*len(ids), side*len(kinds)+.4), dpi=72, layout='constrained'), set()
+    fig, seen = new_figure((side*len(ids), side*len(kinds)+.4), 72), set()
     for col,id in zip(fig.subplots(len(kinds), len(ids), squeeze=False).T, ids):
         im = ds.image(id)
         for ax,kind in zip(col, kinds):

@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torchvision import transforms as T
-from .core import DataError
+from .core import DataError, new_figure
 from .datasets import Dataset
 from .learner import CosineSchedule, KeepFrozen, Precision, data_fingerprint, epoch_loader, fit_run, make_dls, param_groups, plain, seeded
 from .mctformer import build_model, save_run
@@ -215,7 +215,7 @@ def show_batch(
     epoch:int=0, # whose random numbers
 )->Figure:
     "Training photos as the network sees them, with their labels"
-    data = dls.train.dataset; fig = Figure(figsize=(1.5*n, 1.8), dpi=60, layout='constrained')
+    data = dls.train.dataset; fig = new_figure((1.5*n, 1.8), 60)
     mean,std = np.array(IMAGENET_DEFAULT_MEAN), np.array(IMAGENET_DEFAULT_STD)
     for i,ax in enumerate(fig.subplots(1, n, squeeze=False)[0]):
         ax.axis('off')
@@ -238,7 +238,7 @@ def show_results(
     "Photos, the three strongest class scores of each, and optionally the map of the strongest class"
     device, model, tfm = next(model.parameters()).device, model.eval(), make_transform('squash', image_size)
     items = list(range(len(ds)))[:n] if items is None else list(items)
-    fig = Figure(figsize=(1.6*len(items), 2.7), dpi=72, layout='constrained')
+    fig = new_figure((1.6*len(items), 2.7), 72)
     axs = fig.subplots(2, len(items), squeeze=False, height_ratios=[2, 1])
     for i,(a,b) in zip(items, axs.T):
         im = ds.image(i); x = tfm(im)[None].to(device)                     # (1,3,H,W)

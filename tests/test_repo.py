@@ -104,6 +104,12 @@ def test_size_and_ids(nb):
     if kb>KB: warnings.warn(f'{nb}: {kb:.0f} KB, the aim is {KB}')
     assert kb<=HARD_KB
 
+@each_notebook
+def test_figures_are_shown(nb):
+    "A figure whose output is its name alone, `<Figure size ...>`, shows a reader nothing"
+    named = [o['data'] for c in nb.code() for o in c.get('outputs', []) if ''.join(o.get('data', {}).get('text/plain', '')).startswith(('<Figure ', '<PIL.', '<Axes'))]
+    assert not [d['text/plain'] for d in named if not any(k.startswith('image/') for k in d)]
+
 @each_module
 def test_last_cell_exports(nb):
     src = nb.code()[-1]['source']
