@@ -6,7 +6,7 @@
 __all__ = ['mct_demo', 'mct_prepare_voc', 'mct_train', 'mct_seeds', 'mct_score', 'mct_report', 'mct_info', 'mct_convert']
 
 # %% ../nbs/60_cli.ipynb #c7d817f5
-import argparse, contextlib, json, logging, os, shlex, sys, time
+import argparse, contextlib, errno, json, logging, os, shlex, sys, time
 from pathlib import Path
 
 # %% ../nbs/60_cli.ipynb #2c135713
@@ -23,10 +23,15 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 # %% ../nbs/60_cli.ipynb #9ccec611
+_HINTS = {errno.EEXIST: 'A folder is needed there, so give another', errno.ENOTDIR: 'A folder is needed there, so give another',
+          **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), 'Give a place where you may read and write'),
+          **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), 'Make room and run the same command again: it goes on where it stopped')}
+
 def _user_error(e):
     "The one line for an exception the user can do something about, else None"
     from mctformer_nb.core import DataError
     if type(e).__name__ == 'OutOfMemoryError': return 'the device ran out of memory. Give a smaller --batch-size or --image-size, or --device cpu.'
+    if isinstance(e, OSError) and e.filename and e.strerror: return f'{e.filename}: {e.strerror}. {_HINTS.get(e.errno, "Check the path")}.'
     if isinstance(e, (DataError, OSError)): return ' '.join(str(e).split())
 
 # %% ../nbs/60_cli.ipynb #fca70bd2
@@ -181,7 +186,7 @@ def _recipe_arg(p): p.add_argument('--recipe', choices=['reference', 'quick'], h
 # %% ../nbs/60_cli.ipynb #7eb02e16
 def _train_args(p):
     "Options of `mct_train`"
-    def num(name, kind, low, help, **kw): p.add_argument(name, type=_number(kind, low), help=help, **kw)
+    def num(name, kind, low, help, high=None, **kw): p.add_argument(name, type=_number(kind, low, high), help=help, **kw)
     _data_args(p); _recipe_arg(p)
     p.add_argument('--valid-split', help='part of the data for loss and mAP after each epoch (default: none)')
     p.add_argument('--variant', choices=['v1', 'v2', 'vit', 'tscam', 'cam'], default='v2', help='class tokens only, or with patch head; or a baseline: plain ViT, TS-CAM, CAM on a CNN (default: v2)')
@@ -192,7 +197,7 @@ def _train_args(p):
     p.add_argument('--score', choices=['avg', 'max', 'fc'], default='avg', help='class score of Table 7 (default: avg)')
     num('--epochs', int, 1, 'reference: 60; quick: 30')
     num('--batch-size', int, 1, 'reference: 64; quick: 8')
-    num('--image-size', int, 1, 'pixels, reference: 224; quick: 96')
+    num('--image-size', int, 1, 'pixels, reference: 224; quick: 96', 4096)
     num('--lr', float, 0, 'reference: 5e-4 * batch size / 512; quick: 0.001')
     p.add_argument('--amp', choices=['fp16', 'bf16', 'off'], help='precision (default: fp16 on CUDA, else off)')
     num('--workers', int, 0, 'processes that load photos (default: 0)', default=0)
@@ -281,7 +286,7 @@ def mct_seeds(
     p.add_argument('--rule', choices=['reference', 'paper', 'plus'], default='reference', help='reading of the formulas (default: reference)')
     p.add_argument('--scales', type=_list(_number(float, 0, 8, above=True)), default=[1.], metavar='S,S', help='sizes of the views (default: 1)')
     p.add_argument('--no-flip', action='store_true', help='leave out the mirror images')
-    p.add_argument('--image-size', type=_number(int, 1), metavar='N', help="shorter side in pixels at scale 1 (default: the photo's own)")
+    p.add_argument('--image-size', type=_number(int, 1, 4096), metavar='N', help="shorter side in pixels at scale 1 (default: the photo's own)")
     p.add_argument('--batch-size', type=_number(int, 1), default=8, help='photos a batch (default: 8)')
     p.add_argument('--labels', choices=['given', 'predicted'], default='given', help='labels from the data or from the model (default: given)')
     p.add_argument('--label-threshold', type=_number(float, 0, 1), default=.5, help='probability from which a predicted class counts (default: 0.5)')
@@ -399,7 +404,7 @@ def mct_info(
     p.add_argument('--backbone', default='deit_small_patch16_224', help='name of a plain timm ViT (default: deit_small_patch16_224)')
     p.add_argument('--variant', choices=['v1', 'v2'], help='default: both')
     p.add_argument('--num-classes', type=_number(int, 1), default=20, help='foreground classes (default: 20)')
-    p.add_argument('--image-size', type=_number(int, 1), default=224, help='pixels (default: 224)')
+    p.add_argument('--image-size', type=_number(int, 1, 4096), default=224, help='pixels (default: 224)')
     return _run(p, argv, _info)
 
 def _info(a):
@@ -416,7 +421,7 @@ def mct_convert(
     p.add_argument('reference', metavar='REFERENCE.pth', help='checkpoint, opened without running code in it')
     p.add_argument('--out', metavar='RUN', help="run folder to write (default: runs/ and the file's name)")
     p.add_argument('--classes', metavar='A,B|FILE', help='names in the order of training, or a file with one name a line (default for 20 classes: VOC)')
-    p.add_argument('--image-size', type=_number(int, 1), default=224, help='pixels it was trained at (default: 224)')
+    p.add_argument('--image-size', type=_number(int, 1, 4096), default=224, help='pixels it was trained at (default: 224)')
     p.add_argument('--overwrite', action='store_true', help='replace the model in the folder')
     return _run(p, argv, _convert)
 

@@ -105,7 +105,7 @@ def mct_segment_train(
     p.add_argument('--valid-split', help='part of the data with masks, for mIoU after each epoch (default: none)')
     p.add_argument('--optimizer', choices=['sgd', 'adamw'], help='adamw for a ViT (reference: sgd; quick: adamw)')
     p.add_argument('--accumulate', type=_number(int, 1), default=1, help='batches a step (default: 1)')
-    p.add_argument('--image-size', type=_number(int, 1), metavar='N', help="shorter side of a photo in pixels (default: its own)")
+    p.add_argument('--image-size', type=_number(int, 1, 4096), metavar='N', help="shorter side of a photo in pixels (default: its own)")
     p.add_argument('--dilation', type=_number(int, 1), help='of the head; smaller for small photos (reference: 12; quick: 2)')
     p.add_argument('--cache', action='store_true', default=None, help='keep decoded photos and masks in memory')
     _fit_args(p, 'deeplab, beside the masks', (30, 4, 321, 7e-4), (30, 8, 96, 6e-4))
@@ -165,7 +165,7 @@ def _infer_args(p):
     p.add_argument('--flip', action='store_true', help='mirror images too')
     p.add_argument('--no-crf', action='store_true', help='leave out the dense CRF')
     p.add_argument('--window', type=_number(int, 1), metavar='N', help='side of sliding windows for large photos, pixels (default: the whole photo at once)')
-    p.add_argument('--image-size', type=_number(int, 1), metavar='N', help='shorter side at scale 1 in pixels (default: as in training)')
+    p.add_argument('--image-size', type=_number(int, 1, 4096), metavar='N', help='shorter side at scale 1 in pixels (default: as in training)')
     _stage_args(p)
 
 def _infer_options(a):

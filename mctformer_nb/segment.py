@@ -129,7 +129,7 @@ def photo_dataset(
     "Any photos as a data set. Raises `DataError` if there are none."
     bad = []
     if isinstance(photos, (str, Path)) and not Path(photos).is_file():
-        if not Path(photos).is_dir(): raise DataError(photos, 'there is no such folder', 'Give a folder of photos, or a data set as KIND:PATH')
+        if not Path(photos).is_dir(): raise DataError(photos, 'there is no such file or folder', 'Give photos, a folder of them, or a data set as KIND:PATH')
         paths = _photo_files(Path(photos), bad); paths = {id: p for id,p in paths.items() if id not in dict(bad)}
     else:
         paths = {}

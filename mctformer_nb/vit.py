@@ -61,7 +61,8 @@ def read_state_dict(
         else:
             with torch.serialization.safe_globals([argparse.Namespace]): sd = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
-        if 'weights_only' not in str(e) and 'Unsupported' not in str(e): raise DataError(f'{path}: not a weight file. Download it again.') from e
+        with open(path, 'rb') as f: known = f.read(2).startswith((b'PK', b'\x80'))     # an archive, or a pickle of old
+        if not known or 'weights_only' not in str(e) and 'Unsupported' not in str(e): raise DataError(f'{path}: not a weight file. Download it again.') from e
         raise DataError(f'{path}: it holds Python code besides tensors, which is refused because opening it would run that code. '
                         'Save it again as a plain state dict (or as .safetensors).') from e
     except Exception as e: raise DataError(f'{path}: cannot be read ({type(e).__name__}). It may be truncated; get it again.') from e
