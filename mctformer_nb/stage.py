@@ -6,7 +6,7 @@
 __all__ = ['Output', 'sweep_folder', 'claim_folder', 'prefetch', 'cores', 'follow_parent', 'writers', 'attempt', 'compute_batch',
            'Work', 'read_batch', 'collect', 'run_batches', 'run_stage']
 
-# %% ../nbs/05_stage.ipynb #e6dfa237
+# %% ../nbs/05_stage.ipynb #73b1415c
 import os, shutil, signal, threading, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +23,7 @@ from .artifacts import is_complete
 from .core import DataError, describe_error, folder_lock, need, progress, read_json, write_json
 from .ranks import connected, env_int, first_alone, joined, may_overwrite, my_part, rank
 
-# %% ../nbs/05_stage.ipynb #ed2eac25
+# %% ../nbs/05_stage.ipynb #1bfc1075
 @dataclass
 class Output:
     "A folder that a stage fills: one file an image, and a note of the settings behind them"
@@ -35,7 +35,7 @@ class Output:
     complete:Callable=is_complete # path -> is this image done?
     def path(self, id): return Path(self.folder)/f'{id}{self.suffix}'
 
-# %% ../nbs/05_stage.ipynb #2366b437
+# %% ../nbs/05_stage.ipynb #817d46e5
 def sweep_folder(
     folder:str|Path, # to clean
     age:float=60, # seconds; where another process is at work, younger ones may belong to it
@@ -51,7 +51,7 @@ def sweep_folder(
         with folder_lock(folder, wait=0): sweep(-1)         # nobody else is here
     except DataError: sweep(age)
 
-# %% ../nbs/05_stage.ipynb #1a71fc5a
+# %% ../nbs/05_stage.ipynb #38b521c5
 def claim_folder(
     out:Output, # the folder, and what its files will be
     ids:list, # images of this run
@@ -71,7 +71,7 @@ def claim_folder(
         for p in (set(folder.rglob(f'*{out.suffix}')) if differ else set()) | set(mine): p.unlink(missing_ok=True)
     write_json(note, out.settings)
 
-# %% ../nbs/05_stage.ipynb #1513b8f0
+# %% ../nbs/05_stage.ipynb #e793f5ad
 def prefetch(
     pool:ThreadPoolExecutor, # does the work
     function:Callable, # of one item
@@ -85,13 +85,13 @@ def prefetch(
         if len(queue) > n: yield queue.popleft().result()
     while queue: yield queue.popleft().result()
 
-# %% ../nbs/05_stage.ipynb #84b822b7
+# %% ../nbs/05_stage.ipynb #37c51b31
 def cores() -> int:
     "Cores that this process may use"
     n = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return max(1, n//env_int('LOCAL_WORLD_SIZE', 1))         # torchrun tells how many processes share the machine
 
-# %% ../nbs/05_stage.ipynb #b59fdb7f
+# %% ../nbs/05_stage.ipynb #7f5aea49
 def follow_parent(
     parent:int, # process id
 ):
@@ -102,7 +102,7 @@ def follow_parent(
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/05_stage.ipynb #58216431
+# %% ../nbs/05_stage.ipynb #0526883e
 @contextmanager
 def writers(
     threads:int=4, # that write
@@ -127,7 +127,7 @@ def writers(
         for f in waiting: f.cancel()
         pool.shutdown(wait=True)
 
-# %% ../nbs/05_stage.ipynb #6bcbce99
+# %% ../nbs/05_stage.ipynb #c9502daf
 def attempt(
     function:Callable, # of `args`
     *args, # for it
@@ -137,7 +137,7 @@ def attempt(
     try: return function(*args)
     except errors as e: return e
 
-# %% ../nbs/05_stage.ipynb #e7aec462
+# %% ../nbs/05_stage.ipynb #dfa259b0
 def compute_batch(
     compute:Callable, # [item] -> [result]
     items:list, # of images
@@ -149,7 +149,7 @@ def compute_batch(
     full = DataError('photo', 'needs more memory than the device has', 'Pass image_size (--image-size), or window (--window)')
     return [full if isinstance(got, torch.OutOfMemoryError) else got]
 
-# %% ../nbs/05_stage.ipynb #01dd92b2
+# %% ../nbs/05_stage.ipynb #c2732996
 @dataclass
 class Work:
     "How the work of a stage is done: nothing here changes what is in the files"
@@ -160,7 +160,7 @@ class Work:
     bad:tuple=() # (id, problem) known before
     desc:str='images' # beside the progress bar
 
-# %% ../nbs/05_stage.ipynb #dfb92b7b
+# %% ../nbs/05_stage.ipynb #4534c3ca
 def read_batch(
     read:Callable, # id -> item
     outs:list, # of Output
@@ -171,7 +171,7 @@ def read_batch(
     if not any(lacking.values()): return lacking, []
     return lacking, [(id, attempt(read, id, errors=Exception)) for id in batch]
 
-# %% ../nbs/05_stage.ipynb #8518d788
+# %% ../nbs/05_stage.ipynb #d3737d82
 def collect(
     jobs:deque, # of (report, id, Future)
     most:int=0, # that may be left
@@ -189,11 +189,11 @@ def collect(
         report.written += 1
         report.empty += n==0
 
-# %% ../nbs/05_stage.ipynb #81589843
+# %% ../nbs/05_stage.ipynb #1e0d6fa3
 def run_batches(
     outs:list, # of Output, claimed
     batches:list, # [[id]], those of this process
-    stage:tuple, # read, compute or None, write: as in `run_stage`
+    stage:tuple, # read, compute, write as in `run_stage`; a result of compute holds one for each output
     work:Work, # how
 ) -> list: # of reports, one an output
     "Do what is not done yet"
@@ -207,17 +207,16 @@ def run_batches(
                 r.skipped += sum(n not in lack for lack in lacking.values())
                 r.bad += [(id, describe_error(it)) for id,it in loaded if isinstance(it, Exception)]
             good = [(id, it) for id,it in loaded if not isinstance(it, Exception)]
-            items = [it for _,it in good]
-            results = items if compute is None else compute_batch(compute, items) if items else []
+            results = compute_batch(compute, [it for _,it in good]) if good else []
             for (id,_), result in zip(good, results):
                 for n in lacking[id]:
                     if isinstance(result, Exception): reports[n].bad.append((id, describe_error(result)))
-                    else: jobs.append((reports[n], id, submit(write, outs[n].path(id), result[n] if len(outs)>1 else result)))
+                    else: jobs.append((reports[n], id, submit(write, outs[n].path(id), result[n])))
             collect(jobs, room)
         collect(jobs)
     return reports
 
-# %% ../nbs/05_stage.ipynb #17afa86c
+# %% ../nbs/05_stage.ipynb #8dc89871
 def run_stage(
     outs:Output|list, # folder to fill, or several that are filled from one pass
     ids:list, # images
@@ -227,7 +226,11 @@ def run_stage(
     work:Work=None, # how; default `Work()`
 ) -> AttrDict|list: # folder; written, skipped, empty: counts; bad: [(id, problem)]; seconds. A list of them for several outputs
     "Read, compute, write every image. Existing files are skipped, unusable images listed; `DataError` for what cannot work at all"
-    start, work, many = time.time(), work or Work(), outs if isinstance(outs, list) else [outs]
+    start, work, several = time.time(), work or Work(), isinstance(outs, list)
+    many = outs if several else [outs]
+    def results(items):
+        found = compute(items) if compute else items
+        return found if several else [[r] for r in found]
     with connected(), ExitStack() as held:
         for out in many:
             sweep_folder(out.folder)
@@ -236,8 +239,8 @@ def run_stage(
             with first_alone(), folder_lock(out.folder, shared=not fresh): claim_folder(out, ids, fresh)
         for out in many: held.enter_context(folder_lock(out.folder, shared=True))
         mine = my_part(work.batches or [[id] for id in ids])
-        reports = [joined(r) for r in run_batches(many, mine, (read, compute, write), work)]
+        reports = [joined(r) for r in run_batches(many, mine, (read, results, write), work)]
     for out,r in zip(many, reports):
         sweep_folder(out.folder)
         r.update(folder=str(out.folder), bad=sorted(r.bad), seconds=time.time()-start)
-    return reports if isinstance(outs, list) else reports[0]
+    return reports if several else reports[0]

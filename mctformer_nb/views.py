@@ -6,17 +6,17 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'InputSpec', 'input_spec', 'view_size', 'rgb_tensor', 'to_input', 'Views',
            'view_sizes', 'photo_views']
 
-# %% ../nbs/06_views.ipynb #c6ba1672
+# %% ../nbs/06_views.ipynb #4e0244e0
 from dataclasses import dataclass
 import numpy as np, torch
 from PIL import Image
 from torch import Tensor
 from .core import need
 
-# %% ../nbs/06_views.ipynb #7f7ba2d6
+# %% ../nbs/06_views.ipynb #c3d7c72a
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 
-# %% ../nbs/06_views.ipynb #394a8d4c
+# %% ../nbs/06_views.ipynb #da6570fc
 @dataclass(frozen=True)
 class InputSpec:
     "What a network wants its photos to be: `(rgb - mean) / std` of values in [0, 1]"
@@ -31,7 +31,7 @@ class InputSpec:
         mean, std = self.tensors(x)
         return x*std+mean
 
-# %% ../nbs/06_views.ipynb #c96e0561
+# %% ../nbs/06_views.ipynb #565ad28e
 def input_spec(
     source:object, # a network with `input_spec` or timm's `pretrained_cfg`, such a dict, or the configuration of a run
 ) -> InputSpec:
@@ -42,7 +42,7 @@ def input_spec(
     how = get('interpolation', 'bicubic')
     return InputSpec(tuple(get('mean', IMAGENET_MEAN)), tuple(get('std', IMAGENET_STD)), how if how in ('bicubic', 'bilinear') else 'bicubic')
 
-# %% ../nbs/06_views.ipynb #8b3d15ec
+# %% ../nbs/06_views.ipynb #85c38cf6
 def view_size(
     size:tuple, # (W,H) of the photo
     patch:int, # patch size
@@ -52,7 +52,7 @@ def view_size(
     f = 1 if side is None else side/min(size)
     return tuple(max(patch, round(s*f/patch)*patch) for s in size[::-1])           # (W,H) -> (h,w)
 
-# %% ../nbs/06_views.ipynb #64a2c17b
+# %% ../nbs/06_views.ipynb #ad755b5a
 def rgb_tensor(
     image:Image.Image, # photo
 ) -> Tensor: # float32 (3,H,W) in [0,1]
@@ -60,7 +60,7 @@ def rgb_tensor(
     a = np.array(image.convert('RGB'))                                             # (H,W,3)
     return torch.from_numpy(a).permute(2, 0, 1).float()/255                        # -> (3,H,W)
 
-# %% ../nbs/06_views.ipynb #70b7547d
+# %% ../nbs/06_views.ipynb #9daf0502
 def to_input(
     image:Image.Image, # RGB photo
     patch:int, # patch size; both sides become multiples of it
@@ -72,34 +72,40 @@ def to_input(
     resized = image.convert('RGB').resize((w, h), getattr(Image, spec.interpolation.upper()))
     return spec.normalise(rgb_tensor(resized))[None]
 
-# %% ../nbs/06_views.ipynb #5f16ea68
+# %% ../nbs/06_views.ipynb #21609ca3
 @dataclass(frozen=True)
 class Views:
     "Which views of a photo a network sees"
     scales:tuple=(1.,) # sizes (reference: 1; MCTformer+: 1, 0.75, 1.25)
     flip:bool=True # the mirror image of every view as well (reference)
     image_size:int=None # shorter side at scale 1 in pixels; default the photo's own (reference)
+    longest:int|None=1024 # longer side at scale 1 to which larger photos are reduced; None: never (reference; VOC and COCO are smaller)
     fit:str='round' # to whole patches: 'round' resizes to the nearest, 'cut' cuts off what is too much (reference)
+    def side(self, size): # (W,H) of a photo -> its shorter side at scale 1
+        side = self.image_size or min(size)
+        return side if not self.longest else min(side, self.longest*min(size)/max(size))
     def check(self):
         "Itself, or a `DataError`"
-        need(self.scales and all(0 < s <= 8 for s in self.scales), 'scales', f'{list(self.scales)} are not all above 0 and at most 8', 'Give for example 0.75, 1, 1.25')
-        need(self.image_size is None or self.image_size >= 1, 'image size', f'{self.image_size} is not possible', 'Give the shorter side in pixels')
+        fine = len(self.scales) and all(0 < s <= 8 for s in self.scales)
+        need(fine, 'scales', f'{list(self.scales)} are not all above 0 and at most 8', 'Give for example 0.75, 1, 1.25')
+        possible = all(v is None or v >= 1 for v in (self.image_size, self.longest))
+        need(possible, 'image size', f'{self.image_size}, longest {self.longest}: not possible', 'Give the shorter side in pixels')
         need(self.fit in ('round', 'cut'), 'fit', f'{self.fit!r} is unknown', "Choose 'round' or 'cut'")
         return self
 
-# %% ../nbs/06_views.ipynb #1c017667
+# %% ../nbs/06_views.ipynb #4e72fe58
 def view_sizes(
     size:tuple, # (W,H) of the photo
     patch:int, # patch size
     views:Views=Views(), # which
 ) -> tuple: # ((h,w), ...) one a scale
     "Sizes of the views of a photo: photos with the same sizes can share a batch"
-    sides = [s*(views.image_size or min(size)) for s in views.scales]
+    sides = [s*views.side(size) for s in views.scales]
     if views.fit=='round': return tuple(view_size(size, patch, side) for side in sides)
     whole = lambda n, side: max(patch, round(n*side/min(size))//patch*patch)
     return tuple((whole(size[1], side), whole(size[0], side)) for side in sides)
 
-# %% ../nbs/06_views.ipynb #c07fa089
+# %% ../nbs/06_views.ipynb #1db4481b
 def photo_views(
     image:Image.Image, # RGB photo
     patch:int, # patch size
@@ -109,9 +115,9 @@ def photo_views(
     "The views of a photo as the network's input"
     out, sizes = [], view_sizes(image.size, patch, views)
     for scale,(h,w) in zip(views.scales, sizes):
-        if views.fit=='round': x = to_input(image, patch, scale*(views.image_size or min(image.size)), spec)       # (1,3,h,w)
+        if views.fit=='round': x = to_input(image, patch, scale*views.side(image.size), spec)                # (1,3,h,w)
         else:
-            f = scale*(views.image_size or min(image.size))/min(image.size)
+            f = scale*views.side(image.size)/min(image.size)
             large = [max(n, round(s*f)) for n,s in zip((w, h), image.size)]
             x = spec.normalise(rgb_tensor(image.resize(large, getattr(Image, spec.interpolation.upper()))))[None]  # (1,3,>=h,>=w)
         mirror = [x.flip(-1)[..., :h, :w]] if views.flip else []
