@@ -62,9 +62,10 @@ def batch_slices(
     "This process's slice of every full batch of `order`; a shorter single batch is one as well. Raises `DataError`."
     n = world()
     step = min(batch_size, len(order))//n*n
-    need(batch_size%n == 0, 'batch size', f'{batch_size} cannot be divided among {n} processes', f'Use a multiple of {n}')
+    need(batch_size%n == 0, 'batch size', f'{batch_size} cannot be divided among {n} processes',
+         f'Use a multiple of {n}')
     need(step, 'data', f'{len(order)} samples for {n} processes', 'Start fewer')
-    return np.reshape(order[:len(order)//step*step], (-1, n, step//n))[:, rank()].ravel()      # (batches, processes, share)
+    return np.reshape(order[:len(order)//step*step], (-1, n, step//n))[:, rank()].ravel()  # (batches, processes, share)
 
 # %% ../nbs/09_learner.ipynb #1f586c45
 class EpochSampler(torch.utils.data.Sampler):
@@ -73,7 +74,7 @@ class EpochSampler(torch.utils.data.Sampler):
         n:int, # samples
         seed:int=0, # of the order
         shuffle:bool=True, # False: in order
-        batch_size:int=None, # of all processes: each gets its slice of every full batch; None: every `world()`-th sample
+        batch_size:int=None, # of all processes, each gets its slice of every full batch; None: every `world()`-th one
     ):
         self.n, self.seed, self.shuffle, self.batch_size, self.epoch = n, seed, shuffle, batch_size, 0
     def mine(self, order): return my_part(order) if self.batch_size is None else batch_slices(order, self.batch_size)
@@ -91,9 +92,9 @@ def collate_readable(
     need(samples, 'data', 'no photo of a whole batch could be read', 'Check the files reported above')
     return default_collate(samples)
 
-# %% ../nbs/09_learner.ipynb #734c765b
+# %% ../nbs/09_learner.ipynb #e6f5baa4
 def epoch_loader(
-    samples:torch.utils.data.Dataset, # `samples[position, epoch]`: a tuple of tensors, or None for one that cannot be read
+    samples:torch.utils.data.Dataset, # `samples[position, epoch]`: tuple of tensors, or None where it cannot be read
     batch_size:int, # samples a batch, in all processes together
     workers:int=0, # processes that load; 0 loads in the training process
     seed:int=0, # of the order
@@ -102,7 +103,8 @@ def epoch_loader(
     "Loader over samples whose random numbers depend on the epoch"
     sampler = EpochSampler(len(samples), seed, train, batch_size if train else None)
     own = torch.Generator()                              # or else the loader would draw from the global one
-    return DataLoader(samples, max(1, batch_size//world()), sampler=sampler, num_workers=workers, collate_fn=collate_readable,
+    return DataLoader(samples, max(1, batch_size//world()), sampler=sampler, num_workers=workers,
+                      collate_fn=collate_readable,
                       pin_memory=torch.cuda.is_available(), persistent_workers=workers>0, generator=own)
 
 # %% ../nbs/09_learner.ipynb #da3bd9a7
@@ -125,7 +127,7 @@ def lr_factor(
     hits = [p for p in lr_mult if name==p or name.startswith(p+'.')]
     return float(lr_mult[max(hits, key=len)]) if hits else 1.
 
-# %% ../nbs/09_learner.ipynb #d3198dd6
+# %% ../nbs/09_learner.ipynb #a76d87c1
 def param_groups(
     model:torch.nn.Module, # frozen parameters are marked as such
     weight_decay:float=.05, # reference, classifier
@@ -156,7 +158,7 @@ class Schedule(Callback):
     @property
     def now(self): return max(g['lr']/g['lr_scale'] for g in self.opt.opt.param_groups)
 
-# %% ../nbs/09_learner.ipynb #191caffe
+# %% ../nbs/09_learner.ipynb #501c2fd6
 class CosineSchedule(Schedule):
     "timm's cosine schedule with warm-up"
     def __init__(self,
@@ -166,9 +168,11 @@ class CosineSchedule(Schedule):
         per_step:bool=False, # move in every step instead of every epoch
         lag:bool=True, # one epoch behind (reference), where the rate moves every epoch
     ):
-        self.min_lr, self.warmup_epochs, self.warmup_lr, self.per_step, self.lag = min_lr, warmup_epochs, warmup_lr, per_step, lag
+        self.min_lr, self.warmup_epochs, self.warmup_lr = min_lr, warmup_epochs, warmup_lr
+        self.per_step, self.lag = per_step, lag
     def before_fit(self):
-        low, start = (min(v, self.learn.lr) for v in (self.min_lr, self.warmup_lr))    # never above the learning rate itself
+        # never above the learning rate itself
+        low, start = (min(v, self.learn.lr) for v in (self.min_lr, self.warmup_lr))
         warmup = min(self.warmup_epochs, self.n_epoch//4)
         self.curve = CosineLRScheduler(self.opt.opt, self.n_epoch, lr_min=low, warmup_t=warmup, warmup_lr_init=start)
 
@@ -192,7 +196,7 @@ class EpochSeeds(Callback):
         set_seed(seed_of(self.seed, self.epoch, *[rank()]*(rank()>0)))
         self.dls.train.sampler.epoch = self.epoch
 
-# %% ../nbs/09_learner.ipynb #36005f04
+# %% ../nbs/09_learner.ipynb #5169e70a
 class KeepFrozen(Callback):
     "Modules whose parameters are all frozen stay in evaluation mode"
     def before_train(self):
@@ -200,7 +204,7 @@ class KeepFrozen(Callback):
             ps = list(m.parameters())
             if ps and not any(p.requires_grad for p in ps): m.eval()
 
-# %% ../nbs/09_learner.ipynb #99993d21
+# %% ../nbs/09_learner.ipynb #cbd251af
 class EpochBar(Callback):
     "Progress of an epoch, on a terminal"
     def before_train(self): self.bar = progress(None, f'epoch {self.epoch+1}/{self.n_epoch}', len(self.dls.train))
@@ -224,7 +228,7 @@ def metric_columns(
     "The metrics among the columns of a history"
     return [c for c in history if c not in ('epoch', 'train_loss', 'valid_loss', 'lr', 'seconds')]
 
-# %% ../nbs/09_learner.ipynb #97798347
+# %% ../nbs/09_learner.ipynb #d45d3d58
 def plot_history(
     history:str|Path, # history.csv, or a run folder with it
     prior:float=None, # draw a line at this loss, what knowing nothing costs
@@ -252,7 +256,8 @@ def merge_metrics(
     "Put the states of metrics of all processes together. Raises `DataError` for one that does not say what to add."
     for m in metrics:
         names = getattr(m, 'shared', ('total', 'count') if hasattr(m, 'total') else ())
-        need(names, f'metric {m.name}', 'cannot be put together from several processes', 'Name its numbers in `shared`, or train in one process')
+        need(names, f'metric {m.name}', 'cannot be put together from several processes',
+             'Name its numbers in `shared`, or train in one process')
         for n in names: setattr(m, n, reduce(operator.add, gathered(getattr(m, n))))
 
 # %% ../nbs/09_learner.ipynb #414916a5
@@ -262,18 +267,20 @@ def unwrap(
     "The network itself"
     return model.module if isinstance(model, DistributedDataParallel) else model
 
-# %% ../nbs/09_learner.ipynb #dac8fb7e
+# %% ../nbs/09_learner.ipynb #532cf5a0
 def train_together(
     learn:Learner, # whose loaders are divided already
 ):
     "Let all processes train `learn` together. Raises `DataError` where that cannot be."
     met = torch.distributed.is_initialized()
-    need(met, 'training in several processes', 'they do not know where to meet', 'Start them with torchrun or accelerate launch')
+    need(met, 'training in several processes', 'they do not know where to meet',
+         'Start them with torchrun or accelerate launch')
     try:
         from accelerate import DistributedDataParallelKwargs
         from fastai.distributed import DistributedTrainer
     except (ImportError, NameError):
-        raise DataError('training in several processes', 'needs the package accelerate', "pip install 'mctformer_nb[distributed]'") from None
+        raise DataError('training in several processes', 'needs the package accelerate',
+                        "pip install 'mctformer_nb[distributed]'") from None
     class Ranks(DistributedTrainer):
         def _wrap_dl(self, dl): return dl
         def before_validate(self):
@@ -291,7 +298,8 @@ def data_fingerprint(
     ds:Dataset, # or anything with name, split, ids, classes and targets()
 ) -> str: # one line
     "What identifies training data: its name and a digest of ids and labels"
-    digest = hashlib.sha1('\n'.join(map(str, ds.ids)).encode() + np.asarray(ds.targets(), np.uint8).tobytes()).hexdigest()[:12]
+    digest = hashlib.sha1('\n'.join(map(str, ds.ids)).encode() + np.asarray(ds.targets(),
+            np.uint8).tobytes()).hexdigest()[:12]
     return f'{ds.name} {ds.split}: {len(ds)} images, {len(ds.classes)} classes, {digest}'
 
 # %% ../nbs/09_learner.ipynb #fbc8b5a3
@@ -323,7 +331,7 @@ def open_run(
     need(not wrong, out, f'was trained with other settings ({said})', new)
     return state
 
-# %% ../nbs/09_learner.ipynb #17b626ce
+# %% ../nbs/09_learner.ipynb #714ae621
 def save_state(
     out:str|Path, # run folder
     state:dict, # epoch, history, best
@@ -354,9 +362,10 @@ class RunFolder(Callback):
     def after_batch(self):
         if self.training: self.losses.append(self.learn.loss.detach())
     def after_epoch(self):
-        if self.epoch < self.state['epoch']: return                       # an epoch that was done before the run was resumed
+        if self.epoch < self.state['epoch']: return  # an epoch that was done before the run was resumed
         names, values = ['valid_loss', *self.learn.metrics.attrgot('name')], self.learn.final_record[1:]
-        measured = {k: float('nan') if v is None else float(v) for k,v in zip(names, values)}     # NaN without validation data
+        # NaN without validation data
+        measured = {k: float('nan') if v is None else float(v) for k,v in zip(names, values)}
         loss = float(rank_mean(torch.stack(self.losses)).mean())
         lr = next(cb.now for cb in self.learn.cbs if isinstance(cb, Schedule))
         row = dict(epoch=self.epoch+1, train_loss=loss, **measured, lr=lr, seconds=round(time.time()-self.began, 2))
@@ -365,15 +374,18 @@ class RunFolder(Callback):
         self.write(row, unwrap(self.model))
         self.log(epoch_line(self.state['history'], self.n_epoch))
     def write(self, row, model):
-        with atomic_path(self.out/'history.csv') as p: pd.DataFrame(self.state['history']).to_csv(p, index=False, float_format='%.7g')
-        config = dict(self.config, epoch=row['epoch'], metrics={k: row[k] for k in ['valid_loss', *metric_columns(row)]})
+        with atomic_path(self.out/'history.csv') as p: pd.DataFrame(self.state['history']).to_csv(p, index=False,
+                float_format='%.7g')
+        config = dict(self.config, epoch=row['epoch'],
+                      metrics={k: row[k] for k in ['valid_loss', *metric_columns(row)]})
         self.save(model, self.out, **config)
         if self.best and row[self.best] > self.state['best']:
             self.save(model, self.out/'best', **config)
             self.state['best'] = row[self.best]
         scaler = self.learn.scaler.state_dict() if hasattr(self.learn, 'scaler') else {}
         weights = dict(model=model.state_dict(), opt=self.opt.opt.state_dict(), scaler=scaler)
-        save_state(self.out, self.state, self.settings, **({} if row['epoch']==self.n_epoch else weights))     # a finished run needs none
+        # a finished run needs none
+        save_state(self.out, self.state, self.settings, **({} if row['epoch']==self.n_epoch else weights))
 
 # %% ../nbs/09_learner.ipynb #0e8b7365
 def epoch_line(
@@ -385,7 +397,7 @@ def epoch_line(
     left = (epochs-row['epoch'])*np.mean([r['seconds'] for r in history[-3:]])
     measured = [('valid_loss', 'valid', '.4f'), *((c, c, '.1f') for c in metric_columns(row))]
     return '  '.join([f"epoch {row['epoch']}/{epochs}", f"loss {row['train_loss']:.4f}",
-                      *(f'{name} {row[k]:{form}}' for k,name,form in measured if row[k]==row[k]),       # NaN is not equal to itself
+                      *(f'{name} {row[k]:{form}}' for k,name,form in measured if not np.isnan(row[k])),
                       f"lr {row['lr']:.1e}", f"{row['seconds']:.0f} s, {left/60:.0f} min left"])
 
 # %% ../nbs/09_learner.ipynb #ccb887c3
@@ -400,7 +412,7 @@ def train_epochs(
     start = 'model' not in state
     set_seed(seed_of(seed))
     learn = make(start)
-    if first and start: save_state(out, state, saver.settings)            # only now: a start that fails leaves no run behind
+    if first and start: save_state(out, state, saver.settings)  # only now: a start that fails leaves no run behind
     learn.add_cbs([EpochSeeds(seed), KeepFrozen(), *[EpochBar()]*first, saver])
     learn.remove_cb(ProgressCallback)                                     # the run folder reports
     learn.logger = noop
@@ -419,7 +431,7 @@ def fit_run(
     out:str|Path, # run folder
     epochs:int, # passes over the data
     settings:dict, # plain values, all that decides the result, see `plain` and `data_fingerprint`
-    make:callable, # (start) -> Learner with a `Schedule`; start is False where weights come from `resume.pt` and none need be fetched
+    make:callable, # (start) -> Learner with a `Schedule`; start is False where weights come from `resume.pt`
     save:callable=save_run, # (model, folder, **config): writes model.safetensors and config.json
     config:dict=None, # what `save` shall note besides epoch and metrics
     best:str=None, # name of a metric, the higher the better: its best epoch is kept in `out/best`
@@ -432,7 +444,8 @@ def fit_run(
     with connected(), nullcontext() if rank() else folder_lock(out):
         with first_alone(): state = open_run(out, settings, options.get('fresh', False) and not rank())
         barrier()                                                 # nobody cleans up once the first one writes
-        if state['epoch']>=epochs: log(f"{out}: finished after {state['epoch']} epochs, nothing to do. Use --fresh to train again.")
+        done = f"{out}: finished after {state['epoch']} epochs, nothing to do. Use --fresh to train again."
+        if state['epoch']>=epochs: log(done)
         else: train_epochs(make, RunFolder(out, state, settings, save, config or {}, best, log), epochs, seed)
         if not (curves := out/'figures'/'loss.png').exists() and not rank():
             with atomic_path(curves) as p: plot_history(out, options.get('prior')).savefig(p)
