@@ -7,6 +7,7 @@ __all__ = ['Dataset', 'read_scene', 'mini_dataset', 'voc_dataset', 'mask_colours
            'folder_masks', 'folder_dataset', 'get_dataset']
 
 # %% ../nbs/02_datasets.ipynb #6560a628
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from .mini import draw_scene, mini_classes
 from .photos import PhotoIndex, find_masks, find_photos, noted, read_labelmap, read_mask_file, read_photo, read_photo_size
 from .voc import annotated_labels, find_voc, prepare_voc, read_sbd_mask, read_voc_ids
 
-# %% ../nbs/02_datasets.ipynb #03b56149
+# %% ../nbs/02_datasets.ipynb #c2831b69
 _photo, _photo_size, _photo_files, _file_mask, _sbd_mask = read_photo, read_photo_size, find_photos, read_mask_file, read_sbd_mask   # older spellings
 
 # %% ../nbs/02_datasets.ipynb #869d1502
@@ -101,7 +102,7 @@ def unlabelled(self:Dataset
     "How many images carry no label, those left out included"
     return self.dropped + int((self.targets().sum(1)==0).sum())
 
-# %% ../nbs/02_datasets.ipynb #b910fb49
+# %% ../nbs/02_datasets.ipynb #4a17cc2a
 @patch
 def is_labelled(self:Dataset,
     i:int|str, # position or id
@@ -109,14 +110,14 @@ def is_labelled(self:Dataset,
     "Are the labels of image `i` known? True for a negative, which has a line in the table and no label in it"
     return self.mentioned is None or self.id_of(i) in self.mentioned
 
-# %% ../nbs/02_datasets.ipynb #811b9851
+# %% ../nbs/02_datasets.ipynb #b2c49fab
 @patch(as_prop=True)
 def negatives(self:Dataset
 )->int: # images
     "How many images are known to show none of the classes"
     return sum(self.is_labelled(i) and not len(self.labels(i)) for i in self.ids)
 
-# %% ../nbs/02_datasets.ipynb #0571f32b
+# %% ../nbs/02_datasets.ipynb #67272649
 @patch(as_prop=True)
 def understood(self:Dataset
 )->str: # a few lines
@@ -172,7 +173,7 @@ def show_batch(self:Dataset,
         if m is not None: legend(ax, m, self.classes)
     fig.tight_layout()
 
-# %% ../nbs/02_datasets.ipynb #06d491db
+# %% ../nbs/02_datasets.ipynb #1f418987
 @patch
 def check_masks(self:Dataset,
     n:int=None, # look at so many masks, evenly spread; default: all
@@ -204,7 +205,7 @@ def check_masks(self:Dataset,
 @lru_cache(2048)
 def _scene(size, split, seed, id): return draw_scene(int(id.rsplit('_',1)[1]), size=size, split=split, seed=seed)
 
-# %% ../nbs/02_datasets.ipynb #bcfb2a08
+# %% ../nbs/02_datasets.ipynb #aca5054d
 def read_scene(
     args:tuple, # size, split, seed
     what:str, # 'image' | 'size' | 'labels' | 'mask'
@@ -229,7 +230,7 @@ def mini_dataset(
     fs = [partial(read_scene, (size, split, seed), what) for what in ('image', 'size', 'labels', 'mask')]
     return Dataset('mini', mini_classes(), [f'{split}_{i:05d}' for i in range(n)], split, *fs, has_masks=True)
 
-# %% ../nbs/02_datasets.ipynb #c48bf914
+# %% ../nbs/02_datasets.ipynb #e26a3518
 def _problems(on_bad):
     "The list for `noted` that an option asks for"
     need(on_bad in ('raise','skip'), 'on_bad', f'{on_bad!r} is unknown', "Choose 'raise' or 'skip'")
@@ -255,7 +256,7 @@ def voc_dataset(
                    partial(annotated_labels, root/'Annotations', classes, source), get_mask,
                    has_masks=any((masks/f'{id}.png').is_file() for id in ids), bad=bad or [], notes=notes, files=files)
 
-# %% ../nbs/02_datasets.ipynb #aa2d92df
+# %% ../nbs/02_datasets.ipynb #ddd06eae
 def mask_colours(
     path:str|Path, # labelmap.txt
     classes:list, # names
@@ -284,7 +285,7 @@ def coco_dataset(
     return Dataset('coco', coco.classes, ids, split, partial(read_photo, files), partial(read_photo_size, files), labels.__getitem__,
                    partial(coco_mask, coco), has_masks=True, dropped=len(coco.images.keys()-lost.keys())-len(ids), bad=bad or [], notes=notes, files=files)
 
-# %% ../nbs/02_datasets.ipynb #41056c71
+# %% ../nbs/02_datasets.ipynb #fe2ae8b0
 def find_labels(
     root:Path, # folder of the data set
     index:PhotoIndex, # finds the photos
@@ -324,7 +325,7 @@ def read_split(
                 seen[id] = i
     return list(seen) if split in lists else [id for id in photos if id not in seen]
 
-# %% ../nbs/02_datasets.ipynb #5f493064
+# %% ../nbs/02_datasets.ipynb #b34d7edf
 def folder_masks(
     root:Path, # folder of the data set
     classes:list, # names
@@ -334,7 +335,7 @@ def folder_masks(
     "Reader of the masks of a folder; `DataError` if there are files in masks/ and none has the name of a photo"
     files, rest = find_masks(root/'masks', photos)
     need(files or not rest, root/'masks', f'holds {len(rest)} files, but none is an image with the name of a photo (the first is {Path((rest or [""])[0]).name})',
-         f'Name the mask of {Path(next(iter(photos.values()))).name} {next(iter(photos))}.png')
+         f'Name the mask of {Path(next(iter(photos.values()))).name} {next(iter(photos))}.png, or move masks away')
     if rest: notes.append(f'masks: {len(rest)} files are the mask of no photo, the first is {Path(rest[0]).name}')
     colours = mask_colours(root/'labelmap.txt', classes)
     read = partial(read_mask_file, root/'masks', len(classes), files=files, colours=colours, photos=photos)
@@ -370,21 +371,24 @@ def folder_dataset(
     ds = Dataset('folder', labels.classes, list(files), split, partial(read_photo, files), partial(read_photo_size, files),
                  {id: labels.of.get(id, ()) for id in files}.__getitem__, get_mask, has_masks=any(id in get_mask.keywords['files'] for id in files),
                  bad=lost, notes=[*labels.notes, *notes], mentioned=set(labels.of), files=files)
-    if ds.has_masks and labels.of and not names.is_file(): ds.check_order()
+    if ds.has_masks and labels.of and not names.is_file(): ds.warn_of_order()
     return ds
 
-# %% ../nbs/02_datasets.ipynb #4547df78
+# %% ../nbs/02_datasets.ipynb #b8243b31
 @patch
-def check_order(self:Dataset,
+def warn_of_order(self:Dataset,
     n:int=24, # most masks to look at
 ):
-    "`DataError` if the first masks contradict the image labels, see `check_masks`"
+    "Warn, also in `notes`, if the first masks contradict the image labels, see `check_masks`; masks that cannot be read are passed over"
     ids = []
     for id in self.ids:
         if len(ids)==n: break
         with noted([], id):
             if self.is_labelled(id) and len(self.labels(id)) and self.mask(id) is not None: ids.append(id)
-    self.subset(ids).check_masks()
+    try: self.subset(ids).check_masks()
+    except DataError as e:
+        self.notes.append(f'warning: {e}')
+        warnings.warn(str(e), stacklevel=4)
 
 # %% ../nbs/02_datasets.ipynb #87f87953
 def get_dataset(

@@ -173,7 +173,7 @@ def open_mask(
     a = _mask_values(load_image(path), path, colours)
     need(a.ndim==2 and (a==np.round(a)).all() if a.dtype.kind=='f' else a.ndim==2, path, 'holds fractions, not class indices', 'Save whole numbers')
     need(a.min()>=0 and a.max()<=255, path, f'values reach {a.max()}, a mask holds 0 to 255', 'Save class indices, 255 for ignored pixels')
-    turned = 'Its sides are exchanged: the photo has a rotation note (EXIF) that the tool for masks ignored. Turn the mask as the note says, or remove the note'
+    turned = 'Its sides are exchanged: most likely the photo has a rotation note (EXIF) that the tool for masks ignored. Turn the mask as the note says, or remove the note'
     fix = turned if size is not None and a.shape==tuple(size)[::-1] else 'Use the mask that was drawn on this photo, at its full size'
     need(size is None or a.shape==tuple(size), path,
          size and f'the mask is {a.shape[1]} x {a.shape[0]}, its photo {size[1]} x {size[0]} pixels (width x height)', fix)

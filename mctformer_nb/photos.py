@@ -108,7 +108,7 @@ class PhotoIndex:
         photos:dict, # {id: path}, from `find_photos`
         folder:str|Path, # where they are
     ):
-        self.photos, self.folder, start, nfc = list(photos), Path(folder), len(os.path.join(folder, '')), lambda s: unicodedata.normalize('NFC', s)
+        self.photos, self.paths, self.folder, start, nfc = list(photos), photos, Path(folder), len(os.path.join(folder, '')), lambda s: unicodedata.normalize('NFC', s)
         files = {nfc(str(p)[start:].replace(os.sep, '/')): id for id,p in photos.items()}
         ids = {nfc(id): id for id in photos}
         bare = {}
@@ -124,7 +124,8 @@ class PhotoIndex:
         known = next((n for n in (clean, clean.removeprefix(f'{self.folder.name}/')) if n in self.ids), None)
         if known is not None: return self.ids[known]
         near = self.similar.get(clean.casefold()) or self.similar.get(os.path.splitext(clean)[0].casefold())
-        raise DataError(where, f'there is no photo {name!r} in {self.folder}', f'Did you mean {near!r}? Correct the name or delete the line' if near else 'Correct the name or delete the line')
+        guess = f'Did you mean {str(self.paths[self.ids[near]].relative_to(self.folder))!r}? ' if near else ''
+        raise DataError(where, f'there is no photo {name!r} in {self.folder}', f'{guess}Correct the name or delete the line')
 
 # %% ../nbs/01a_photos.ipynb #94d077a9
 def read_photo(
