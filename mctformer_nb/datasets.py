@@ -22,7 +22,7 @@ from .mini import draw_scene, mini_classes
 from .photos import PhotoIndex, find_masks, find_photos, noted, read_labelmap, read_mask_file, read_photo, read_photo_size
 from .voc import annotated_labels, find_voc, prepare_voc, read_sbd_mask, read_voc_ids
 
-# %% ../nbs/02_datasets.ipynb #c2831b69
+# %% ../nbs/02_datasets.ipynb #e23f1716
 _photo, _photo_size, _photo_files, _file_mask, _sbd_mask = read_photo, read_photo_size, find_photos, read_mask_file, read_sbd_mask   # older spellings
 
 # %% ../nbs/02_datasets.ipynb #869d1502
@@ -102,7 +102,7 @@ def unlabelled(self:Dataset
     "How many images carry no label, those left out included"
     return self.dropped + int((self.targets().sum(1)==0).sum())
 
-# %% ../nbs/02_datasets.ipynb #4a17cc2a
+# %% ../nbs/02_datasets.ipynb #ffe33150
 @patch
 def is_labelled(self:Dataset,
     i:int|str, # position or id
@@ -110,14 +110,14 @@ def is_labelled(self:Dataset,
     "Are the labels of image `i` known? True for a negative, which has a line in the table and no label in it"
     return self.mentioned is None or self.id_of(i) in self.mentioned
 
-# %% ../nbs/02_datasets.ipynb #b2c49fab
+# %% ../nbs/02_datasets.ipynb #fd132211
 @patch(as_prop=True)
 def negatives(self:Dataset
 )->int: # images
     "How many images are known to show none of the classes"
     return sum(self.is_labelled(i) and not len(self.labels(i)) for i in self.ids)
 
-# %% ../nbs/02_datasets.ipynb #67272649
+# %% ../nbs/02_datasets.ipynb #e72d0a60
 @patch(as_prop=True)
 def understood(self:Dataset
 )->str: # a few lines
@@ -173,7 +173,7 @@ def show_batch(self:Dataset,
         if m is not None: legend(ax, m, self.classes)
     fig.tight_layout()
 
-# %% ../nbs/02_datasets.ipynb #1f418987
+# %% ../nbs/02_datasets.ipynb #1bcddce2
 @patch
 def check_masks(self:Dataset,
     n:int=None, # look at so many masks, evenly spread; default: all
@@ -193,10 +193,10 @@ def check_masks(self:Dataset,
             agree[values[np.isin(values-1, self.labels(id))]] += 1
     need(not seen or shown.any(), where, f'no class has a pixel in any of {seen} masks, so there is nothing to score or to train on',
          'Value 255 means "ignored" here: write 1 for the first class, 2 for the second' if ignored else 'Draw the objects, or take another split')
-    never = (compared>=5) & (agree==0)
-    worst = int(np.argmax((compared-agree)*(1+1000*never)))                            # the clearest contradiction, for the message
+    wrong = (compared>=5) & (2*agree<compared)
+    worst = int(np.argmax((compared-agree)*(1+1000*wrong)))                            # the clearest contradiction, for the message
     name = self.classes[worst-1] if 0<worst<=len(self.classes) else ''
-    need(2*agree.sum()>=compared.sum() and not never.any(), where,
+    need(2*agree.sum()>=compared.sum() and not wrong.any(), where,
          f'masks and image labels contradict each other: mask value {worst} should be {name}, but of {compared[worst]} images with it in their mask the labels of {agree[worst]} name {name}',
          f'Write classes.txt, one name a line, in the order of the mask values; now it is 1 {self.classes[0]}, 2 {(self.classes+["-"])[1]}, ...')
     return {c: int(k) for c,k in zip(self.classes, shown[1:])}
@@ -205,7 +205,7 @@ def check_masks(self:Dataset,
 @lru_cache(2048)
 def _scene(size, split, seed, id): return draw_scene(int(id.rsplit('_',1)[1]), size=size, split=split, seed=seed)
 
-# %% ../nbs/02_datasets.ipynb #aca5054d
+# %% ../nbs/02_datasets.ipynb #ece59470
 def read_scene(
     args:tuple, # size, split, seed
     what:str, # 'image' | 'size' | 'labels' | 'mask'
@@ -230,7 +230,7 @@ def mini_dataset(
     fs = [partial(read_scene, (size, split, seed), what) for what in ('image', 'size', 'labels', 'mask')]
     return Dataset('mini', mini_classes(), [f'{split}_{i:05d}' for i in range(n)], split, *fs, has_masks=True)
 
-# %% ../nbs/02_datasets.ipynb #e26a3518
+# %% ../nbs/02_datasets.ipynb #d2fe5c8c
 def _problems(on_bad):
     "The list for `noted` that an option asks for"
     need(on_bad in ('raise','skip'), 'on_bad', f'{on_bad!r} is unknown', "Choose 'raise' or 'skip'")
@@ -256,7 +256,7 @@ def voc_dataset(
                    partial(annotated_labels, root/'Annotations', classes, source), get_mask,
                    has_masks=any((masks/f'{id}.png').is_file() for id in ids), bad=bad or [], notes=notes, files=files)
 
-# %% ../nbs/02_datasets.ipynb #ddd06eae
+# %% ../nbs/02_datasets.ipynb #bdb81189
 def mask_colours(
     path:str|Path, # labelmap.txt
     classes:list, # names
@@ -285,7 +285,7 @@ def coco_dataset(
     return Dataset('coco', coco.classes, ids, split, partial(read_photo, files), partial(read_photo_size, files), labels.__getitem__,
                    partial(coco_mask, coco), has_masks=True, dropped=len(coco.images.keys()-lost.keys())-len(ids), bad=bad or [], notes=notes, files=files)
 
-# %% ../nbs/02_datasets.ipynb #fe2ae8b0
+# %% ../nbs/02_datasets.ipynb #09723dc6
 def find_labels(
     root:Path, # folder of the data set
     index:PhotoIndex, # finds the photos
@@ -325,7 +325,7 @@ def read_split(
                 seen[id] = i
     return list(seen) if split in lists else [id for id in photos if id not in seen]
 
-# %% ../nbs/02_datasets.ipynb #b34d7edf
+# %% ../nbs/02_datasets.ipynb #61e2f750
 def folder_masks(
     root:Path, # folder of the data set
     classes:list, # names
@@ -374,7 +374,7 @@ def folder_dataset(
     if ds.has_masks and labels.of and not names.is_file(): ds.warn_of_order()
     return ds
 
-# %% ../nbs/02_datasets.ipynb #b8243b31
+# %% ../nbs/02_datasets.ipynb #758e4850
 @patch
 def warn_of_order(self:Dataset,
     n:int=24, # most masks to look at
