@@ -6,7 +6,7 @@
 __all__ = ['find_coco', 'coco_entries', 'coco_images', 'coco_classes', 'check_outline', 'CocoFile', 'index_coco', 'coco_mask']
 
 # %% ../nbs/01e_coco.ipynb #bd798aa6
-import io, math
+import io, math, os
 from contextlib import redirect_stdout
 from pathlib import Path, PurePosixPath
 import numpy as np
@@ -29,7 +29,8 @@ def find_coco(
     if file is None:
         there = [f.stem.removeprefix('instances_') for f in sorted((root/'annotations').glob('instances_*.json'))]
         there += [f.parent.name for f in sorted(root.glob('*/_annotations.coco.json'))]
-        raise DataError(next(iter(files)), 'there is no such file', f'The splits here are: {", ".join(there)}' if there else
+        raise DataError(next(iter(files)), 'there is no such file',
+                        f'The splits here are: {", ".join(there)}' if there else
             'Give the folder that holds annotations/instances_*.json and the photos')
     folder = next((d for d in files[file] if d.is_dir()), None)
     need(folder, files[file][0], 'there is no such folder with the photos', 'Unpack the photos there')
@@ -43,21 +44,28 @@ def coco_entries(
     bad:list=None, # for entries that cannot be used, see `noted`
 )->list: # dictionaries, ordered by id
     "The entries of a part of the file that have what is used of them; `DataError` if there is no such list"
-    need(isinstance(js, dict) and isinstance(js.get(part), list), file, f'has no list of {part}, so it is not an instances file of COCO',
+    need(isinstance(js, dict) and isinstance(js.get(part), list), file,
+         f'has no list of {part}, so it is not an instances file of COCO',
          'Use instances_train2014.json or instances_val2014.json, or export "COCO instances" again')
     panoptic = any(isinstance(e, dict) and 'segments_info' in e for e in js[part][:1])
-    need(not panoptic, file, 'is a panoptic file (segments_info), not one of objects', 'Use the file instances_*.json of the same data set')
-    fields = dict(images=dict(id=(int,str), file_name=str, width=int, height=int), categories=dict(id=(int,str), name=str),
+    need(not panoptic, file, 'is a panoptic file (segments_info), not one of objects',
+         'Use the file instances_*.json of the same data set')
+    fields = dict(images=dict(id=(int,str), file_name=str, width=int, height=int),
+                  categories=dict(id=(int,str), name=str),
                   annotations=dict(id=(int,str), image_id=(int,str), category_id=(int,str)))[part]
     good = []
     for n,e in enumerate(js[part]):
         e = e if isinstance(e, dict) else {}
         if part=='annotations': e.setdefault('id', n)
-        e.update({k: int(e[k]) for k,t in fields.items() if t!=str and isinstance(e.get(k), float) and e[k].is_integer()})
-        wrong = [k for k,t in fields.items() if not isinstance(e.get(k), t) or isinstance(e[k], bool)]   # to Python, true is an int
+        # to Python, true is an int
+        wrong = [k for k,t in fields.items() if not isinstance(e.get(k), t) or isinstance(e[k], bool)]
+        whole = {k: int(e[k]) for k in wrong if fields[k]!=str and isinstance(e.get(k), float) and e[k].is_integer()}
+        e.update(whole)
+        wrong = [k for k in wrong if k not in whole]
         if not wrong: good.append(e)
         else:
-            with noted(bad, f'{part} {n}'): raise DataError(file, f'entry {n} of {part} has no usable {wrong[0]}', 'Correct or delete it')
+            with noted(bad, f'{part} {n}'):
+                raise DataError(file, f'entry {n} of {part} has no usable {wrong[0]}', 'Correct or delete it')
     return sorted(good, key=lambda e: (isinstance(e['id'], str), e['id']))
 
 # %% ../nbs/01e_coco.ipynb #77a5bfbc
@@ -75,10 +83,14 @@ def coco_images(
     for e in entries:
         with noted(bad, e['file_name']):
             name, size = e['file_name'].replace('\\', '/').removeprefix(prefix), f'{e["width"]} x {e["height"]}'
-            need('://' not in name, file, f'the image {name!r} is a web address', 'Download the photos and write their file names into the file')
-            id = PurePosixPath(safe_name(name, file)).with_suffix('').as_posix()
-            need(id not in images and e['id'] not in seen, file, f'the image {name!r} (id {e["id"]}) is there twice, perhaps with another suffix', 'Delete one of them')
-            need(e['width']>0 and e['height']>0 and e['width']*e['height']<=limit, file, f'the image {name!r} has {size} pixels', 'Correct or delete it')
+            if '//' in name or './' in name: name = PurePosixPath(name).as_posix() if '://' not in name else name
+            need('://' not in name, file, f'the image {name!r} is a web address',
+                 'Download the photos and write their file names into the file')
+            id = os.path.splitext(safe_name(name, file))[0]
+            need(id not in images and e['id'] not in seen, file,
+                 f'the image {name!r} (id {e["id"]}) is there twice, perhaps with another suffix', 'Delete one of them')
+            need(e['width']>0 and e['height']>0 and e['width']*e['height']<=limit, file,
+                 f'the image {name!r} has {size} pixels', 'Correct or delete it')
             images[id], paths[id] = e, folder/name
             seen.add(e['id'])
     return images, paths
@@ -91,12 +103,14 @@ def coco_classes(
 )->list: # entries that are classes, ordered by id
     "Categories that are classes; `DataError` for none, too many or two of one name"
     used = {a['category_id'] for a in annotations}
-    group = [c for c in categories if c['id']==0 and c.get('supercategory')=='none' and 0 not in used]      # Roboflow: the name of the project
+    # Roboflow: the name of the project
+    group = [c for c in categories if c['id']==0 and c.get('supercategory')=='none' and 0 not in used]
     classes = [c for c in categories if c not in group]
     need(0<len(classes)<255, file, f'lists {len(classes)} categories', 'Use 1 to 254 categories')
     for key in ('id', 'name'):
         twice = next((c[key] for c in classes if sum(d[key]==c[key] for d in classes)>1), None)
-        need(twice is None, file, f'lists two categories of the {key} {twice!r}', 'Give each category an id and a name of its own')
+        need(twice is None, file, f'lists two categories of the {key} {twice!r}',
+             'Give each category an id and a name of its own')
     return classes
 
 # %% ../nbs/01e_coco.ipynb #2c9b0dbe
@@ -111,13 +125,16 @@ def check_outline(
         parts = [[float(x) for x in part] for part in seg]
         v = np.array([x for part in parts for x in part])
         wrong = ('it is empty' if not len(v) else
-                 'it has an odd number of coordinates, a corner has two' if any(len(p) % 2 for p in parts) and len(v)>2 else
+                 'it has an odd number of coordinates, a corner has two' if any(len(p) % 2 for p in parts) and len(v)>2
+                 else
                  'it has fewer than three corners, which enclose nothing' if all(len(p)<6 for p in parts) else
-                 'a corner is far outside of the photo' if not np.isfinite(v).all() or np.abs(v).max()>2*max(w, h) else None)
+                 'a corner is far outside of the photo' if not np.isfinite(v).all() or np.abs(v).max()>2*max(w, h)
+                 else None)
         seg = [p for p in seg if len(p)>=6]
     elif not isinstance(seg, dict): wrong = 'there is none' if seg is None else 'it is neither corners nor run lengths'
     elif list(seg['size'])!=[h, w]: wrong = f'its size is {seg["size"]}'
-    elif isinstance(seg['counts'], list) and (min(seg['counts'])<0 or sum(seg['counts'])!=h*w): wrong = f'its run lengths do not fill an image of {w} x {h}'
+    elif isinstance(seg['counts'], list) and (min(seg['counts'])<0 or sum(seg['counts'])!=h*w):
+        wrong = f'its run lengths do not fill an image of {w} x {h}'
     elif str(seg['counts']).startswith("b'"): wrong = "its run lengths are the text b'...' of Python's bytes"
     if wrong: raise ValueError(wrong)
     return seg
@@ -132,12 +149,14 @@ class CocoFile:
         bad:list=None, # for entries that cannot be used, see `noted`
     ):
         js, self.file, self.crowd = read_json(file), file, crowd
-        images, annotations, categories = (coco_entries(js, p, file, bad) for p in ('images', 'annotations', 'categories'))
+        images, annotations, categories = (coco_entries(js, p, file, bad)
+                                           for p in ('images', 'annotations', 'categories'))
         categories = coco_classes(categories, annotations, file)
         self.classes, self.index = [c['name'] for c in categories], {c['id']: i for i,c in enumerate(categories)}
         self.images, self.paths = coco_images(images, Path(folder), file, bad)
         self.labels = self.read_labels(annotations, bad)
-        self.coco = index_coco(dict(images=list(self.images.values()), annotations=annotations, categories=categories), file)
+        self.coco = index_coco(dict(images=list(self.images.values()), annotations=annotations, categories=categories),
+                               file)
     def read_labels(self, annotations:list, bad:list=None)->dict:
         "{id: set of 0-based class indices} of images with objects"
         ids, found, lost = {e['id']: id for id,e in self.images.items()}, {}, []
@@ -145,12 +164,16 @@ class CocoFile:
             id = ids.get(a['image_id'])
             if a['category_id'] not in self.index:
                 with noted(bad, str(a['image_id']) if id is None else id):
-                    raise DataError(self.file, f'annotation {a["id"]} has the unknown category {a["category_id"]}', 'Add the category to the file or delete the annotation')
+                    raise DataError(self.file, f'annotation {a["id"]} has the unknown category {a["category_id"]}',
+                                    'Add the category to the file or delete the annotation')
             elif id is None: lost.append(a['image_id'])
             else: found.setdefault(id, set()).add(self.index[a['category_id']])
-        need(found or not lost or not ids, self.file, f'no annotation belongs to an image: the first one has image_id {lost[:1]}, the first image id {list(ids)[:1]}', 'Write the same ids in both, numbers or texts')
+        need(found or not lost or not ids, self.file,
+             f'no annotation belongs to an image: the first one has image_id {lost[:1]}, the first image id '
+             f'{list(ids)[:1]}', 'Write the same ids in both, numbers or texts')
         crowds = sum(bool(a.get('iscrowd')) for a in annotations)
-        need(not found or crowds<len(annotations) or self.crowd!='ignore', self.file, f'marks all {crowds} objects as crowds (iscrowd 1), so no pixel of the masks would count',
+        need(not found or crowds<len(annotations) or self.crowd!='ignore', self.file,
+             f'marks all {crowds} objects as crowds (iscrowd 1), so no pixel of the masks would count',
              "Write iscrowd 0 for single objects, or pass crowd='paint'")
         self.lost = len(lost)
         return found
@@ -162,7 +185,8 @@ def index_coco(
 )->object: # `COCO` of pycocotools
     "Index of the entries; `DataError` without pycocotools"
     try: from pycocotools.coco import COCO
-    except ImportError: raise DataError(file, 'reading COCO needs pycocotools', 'Install it with: pip install pycocotools') from None
+    except ImportError:
+        raise DataError(file, 'reading COCO needs pycocotools', 'Install it with: pip install pycocotools') from None
     coco = COCO()
     coco.dataset = dataset
     with redirect_stdout(io.StringIO()): coco.createIndex()
@@ -174,19 +198,26 @@ def coco_mask(
     id:str, # which image
     size:tuple=None, # (H,W) of its photo
 )->np.ndarray: # uint8 (H,W)
-    "Objects of one image painted in order: crowds, then from large to small; `DataError` names an annotation that cannot be drawn"
+    """Objects of one image painted in order: crowds, then from large to small;
+    `DataError` names an annotation that cannot be drawn"""
     im = coco.images[id]
     h,w = im['height'], im['width']
     turned = size is not None and tuple(size)==(w,h)
-    need(size is None or tuple(size)==(h,w), im['file_name'], size and f'the photo is {size[1]} x {size[0]} pixels, {coco.file} says {w} x {h}',
-         'The photo has a rotation note (EXIF) that the tool ignored: remove the note from the photo, or annotate the upright photo' if turned else 'Use photos and annotations of the same release')
+    need(size is None or tuple(size)==(h,w), im['file_name'],
+         size and f'the photo is {size[1]} x {size[0]} pixels, {coco.file} says {w} x {h}',
+         'The photo has a rotation note (EXIF) that the tool ignored: remove the note from the photo, or annotate the '
+         'upright photo' if turned else 'Use photos and annotations of the same release')
     mask = np.zeros((h,w), np.uint8)
     largest_first = lambda a: (not a.get('iscrowd'), -a['area'] if isinstance(a.get('area'), (int,float)) else 0)
     for a in sorted(coco.coco.imgToAnns.get(im['id'], []), key=largest_first):
-        try: inside = coco.coco.annToMask(dict(a, segmentation=check_outline(a.get('segmentation'), w, h)))          # (H,W), 0 or 1
+        # (H,W), 0 or 1
+        try: inside = coco.coco.annToMask(dict(a, segmentation=check_outline(a.get('segmentation'), w, h)))
         except Exception as e:
             why = str(e) if type(e) is ValueError else f'{type(e).__name__}: {e}'
-            raise DataError(coco.file, f'the outline of annotation {a["id"]} of {im["file_name"]} cannot be drawn: {why}', 'Correct the outline or delete the annotation') from None
-        need(inside.shape==mask.shape and inside.max()<=1, coco.file, f'the run lengths of annotation {a["id"]} do not fill an image of {w} x {h}', 'Correct or delete it')
+            raise DataError(coco.file,
+                            f'the outline of annotation {a["id"]} of {im["file_name"]} cannot be drawn: {why}',
+                            'Correct the outline or delete the annotation') from None
+        need(inside.shape==mask.shape and inside.max()<=1, coco.file,
+             f'the run lengths of annotation {a["id"]} do not fill an image of {w} x {h}', 'Correct or delete it')
         mask[inside>0] = 255 if a.get('iscrowd') and coco.crowd=='ignore' else coco.index[a['category_id']]+1
     return mask

@@ -12,7 +12,8 @@ from functools import partial
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
-from .files import DataError, atomic_path, describe_error, folder_lock, need, read_arrays, read_json, read_lines, read_text
+from .files import DataError, atomic_path, describe_error, folder_lock, need, read_arrays, read_json
+from .files import read_lines, read_text
 from .files import sweep_beside, to_json, write_json
 from .images import image_size, load_image, open_image, open_mask, rotation_note, save_mask, voc_palette
 

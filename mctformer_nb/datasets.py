@@ -17,13 +17,16 @@ from fastcore.basics import patch
 from PIL import Image
 from .coco import CocoFile, coco_mask, find_coco
 from .core import VOC_CLASSES, DataError, legend, need, open_mask, overlay, read_lines
-from .labels import Labels, class_index, is_no_class, labels_from_folders, read_class_names, read_cls_labels, read_labels
+from .labels import Labels, class_index, is_no_class, labels_from_folders, read_class_names, read_cls_labels
+from .labels import read_labels
 from .mini import draw_scene, mini_classes
-from .photos import PhotoIndex, find_masks, find_photos, noted, read_labelmap, read_mask_file, read_photo, read_photo_size
+from .photos import PhotoIndex, find_masks, find_photos, noted, read_labelmap, read_mask_file, read_photo
+from .photos import read_photo_size
 from .voc import annotated_labels, find_voc, prepare_voc, read_sbd_mask, read_voc_ids
 
 # %% ../nbs/02_datasets.ipynb #e23f1716
-_photo, _photo_size, _photo_files, _file_mask, _sbd_mask = read_photo, read_photo_size, find_photos, read_mask_file, read_sbd_mask   # older spellings
+# older spellings
+_photo, _photo_size, _photo_files, _file_mask = read_photo, read_photo_size, find_photos, read_mask_file
 
 # %% ../nbs/02_datasets.ipynb #869d1502
 @dataclass
@@ -121,16 +124,21 @@ def negatives(self:Dataset
 @patch(as_prop=True)
 def understood(self:Dataset
 )->str: # a few lines
-    "How files were read, every class with its number of images, negatives, images without labels, and what is odd about the counts"
+    """How files were read, every class with its number of images, negatives, images without labels, and what is odd
+    about the counts"""
     counts, n = self.targets().sum(0).astype(int).tolist(), len(self)
     known = sum(map(self.is_labelled, self.ids))
-    lines = [*self.notes, f'images {n}, classes {len(self.classes)}: ' + ', '.join(f'{c} {k}' for c,k in zip(self.classes, counts))]
-    more = {'labelled as showing none of the classes (negatives)': self.negatives, 'without a line in the table of labels': n-known, 'left out since they show no object': self.dropped}
+    lines = [*self.notes,
+             f'images {n}, classes {len(self.classes)}: ' + ', '.join(f'{c} {k}' for c,k in zip(self.classes, counts))]
+    more = {'labelled as showing none of the classes (negatives)': self.negatives,
+            'without a line in the table of labels': n-known, 'left out since they show no object': self.dropped}
     lines += [f'images {what}: {k}' for what,k in more.items() if k]
     never = [c for c,k in zip(self.classes, counts) if not k]
     always = [c for c,k in zip(self.classes, counts) if k==known>1]
     if never: lines.append(f'warning: no image shows {", ".join(never[:5])}{", ..." if len(never)>5 else ""}')
-    if always: lines.append(f'warning: every labelled image shows {", ".join(always)}, so there is no image to learn from what it is not')
+    if always:
+        lines.append(f'warning: every labelled image shows {", ".join(always)}, so there is no image to learn from '
+                     f'what it is not')
     return '\n'.join(lines)
 
 # %% ../nbs/02_datasets.ipynb #0d2d10ea
@@ -180,7 +188,8 @@ def check_masks(self:Dataset,
 )->dict: # {class name: number of masks with it}
     "`DataError` if no class has a pixel in the masks, or if they contradict the image labels"
     ids = self.ids if n is None or n>=len(self) else [self.ids[i] for i in np.linspace(0, len(self)-1, n).astype(int)]
-    shown, compared, agree = np.zeros((3, 256), int)           # masks that hold a value; of these, with known labels; with the label of that value
+    # masks that hold a value; of these, with known labels; with the label of that value
+    shown, compared, agree = np.zeros((3, 256), int)
     seen, ignored, where = 0, False, f'{self.name} ({self.split})'
     for id in ids:
         m = self.mask(id)
@@ -191,14 +200,19 @@ def check_masks(self:Dataset,
         if self.is_labelled(id) and len(self.labels(id)):
             compared[values] += 1
             agree[values[np.isin(values-1, self.labels(id))]] += 1
-    need(not seen or shown.any(), where, f'no class has a pixel in any of {seen} masks, so there is nothing to score or to train on',
-         'Value 255 means "ignored" here: write 1 for the first class, 2 for the second' if ignored else 'Draw the objects, or take another split')
+    need(not seen or shown.any(), where,
+         f'no class has a pixel in any of {seen} masks, so there is nothing to score or to train on',
+         'Value 255 means "ignored" here: write 1 for the first class, 2 for the second' if ignored
+         else 'Draw the objects, or take another split')
     wrong = (compared>=5) & (2*agree<compared)
-    worst = int(np.argmax((compared-agree)*(1+1000*wrong)))                            # the clearest contradiction, for the message
+    # the clearest contradiction, for the message
+    worst = int(np.argmax((compared-agree)*(1+1000*wrong)))
     name = self.classes[worst-1] if 0<worst<=len(self.classes) else ''
     need(2*agree.sum()>=compared.sum() and not wrong.any(), where,
-         f'masks and image labels contradict each other: mask value {worst} should be {name}, but of {compared[worst]} images with it in their mask the labels of {agree[worst]} name {name}',
-         f'Write classes.txt, one name a line, in the order of the mask values; now it is 1 {self.classes[0]}, 2 {(self.classes+["-"])[1]}, ...')
+         f'masks and image labels contradict each other: mask value {worst} should be {name}, but of '
+         f'{compared[worst]} images with it in their mask the labels of {agree[worst]} name {name}',
+         f'Write classes.txt, one name a line, in the order of the mask values; now it is 1 {self.classes[0]}, 2 '
+         f'{(self.classes+["-"])[1]}, ...')
     return {c: int(k) for c,k in zip(self.classes, shown[1:])}
 
 # %% ../nbs/02_datasets.ipynb #fe86ca83
@@ -215,7 +229,8 @@ def read_scene(
     "One side of a drawn scene"
     if what=='size': return args[0], args[0]
     image, mask = _scene(*args, id)
-    return Image.fromarray(image) if what=='image' else mask.copy() if what=='mask' else [v-1 for v in np.unique(mask).tolist() if v]
+    return Image.fromarray(image) if what=='image' else mask.copy() if what=='mask' else [v-1
+        for v in np.unique(mask).tolist() if v]
 
 # %% ../nbs/02_datasets.ipynb #e5165f24
 def mini_dataset(
@@ -269,7 +284,8 @@ def mask_colours(
 # %% ../nbs/02_datasets.ipynb #fcc537d1
 def coco_dataset(
     path:str|Path, # folder with annotations/instances_*.json and the photos in train2014/, val2014/
-    split:str='train', # 'train' | 'val' mean the 2014 release if it is there, else that of 2017; 'val2017' and the like work too
+    split:str='train',
+    # 'train' | 'val' mean the 2014 release if it is there, else that of 2017; 'val2017' and the like work too
     crowd:str='ignore', # pixels of crowds: 'ignore' (255) or 'paint' (the class)
     keep_unlabelled:bool=None, # keep images without label? default: not in train
     on_bad:str='raise', # an entry of the file that cannot be used: 'raise', or 'skip' it and note it in `bad`
@@ -282,8 +298,10 @@ def coco_dataset(
     ids = [id for id in coco.images if (keep or id in coco.labels) and id not in lost]
     files, labels = {id: coco.paths[id] for id in ids}, {id: coco.labels.get(id, ()) for id in ids}
     notes = [f'{file.name}: {coco.lost} objects belong to no image of the file and were left out'] if coco.lost else []
-    return Dataset('coco', coco.classes, ids, split, partial(read_photo, files), partial(read_photo_size, files), labels.__getitem__,
-                   partial(coco_mask, coco), has_masks=True, dropped=len(coco.images.keys()-lost.keys())-len(ids), bad=bad or [], notes=notes, files=files)
+    return Dataset('coco', coco.classes, ids, split, partial(read_photo, files), partial(read_photo_size, files),
+                   labels.__getitem__,
+                   partial(coco_mask, coco), has_masks=True, dropped=len(coco.images.keys()-lost.keys())-len(ids),
+                   bad=bad or [], notes=notes, files=files)
 
 # %% ../nbs/02_datasets.ipynb #09723dc6
 def find_labels(
@@ -292,16 +310,20 @@ def find_labels(
     classes:list=None, # names from classes.txt
     bad:list=None, # for lines that cannot be used, see `noted`
 )->Labels: # without any label where there are only names of classes
-    "Labels of a folder, from the first source that is there: a table, `cls_labels.npy`, folders with the names of classes"
+    """Labels of a folder, from the first source that is there: a table, `cls_labels.npy`, folders with the names of
+    classes"""
     here = {p.name.lower(): p for p in sorted(root.iterdir(), reverse=True) if p.is_file()}
     table = next((here[n] for n in ('labels.csv', 'labels.tsv', '_classes.csv') if n in here), None)
     if table: return read_labels(table, index, classes, root/'classes.txt' if classes else None, bad)
     if 'cls_labels.npy' in here: return read_cls_labels(here['cls_labels.npy'], index, classes)
     sorted_in = labels_from_folders(index.photos, classes)
     if sorted_in or classes: return sorted_in or Labels(classes, {}, ['no labels.csv: photos without labels'])
-    tables = [n for n in here if n.endswith(('.csv', '.txt', '.xlsx', '.xls', '.ods', '.json')) and not n.startswith('labelmap')]
-    raise DataError(root/'labels.csv', 'there is no such file', (f'There is {", ".join(tables[:3])}: save it as labels.csv, with' if tables else 'Write it, with')
-                    + " the first line 'image,labels' and one line an image such as name.jpg,cat;dog; or sort the photos into a folder for each class")
+    tables = [n for n in here if n.endswith(('.csv', '.txt', '.xlsx', '.xls', '.ods', '.json'))
+              and not n.startswith('labelmap')]
+    raise DataError(root/'labels.csv', 'there is no such file',
+                    (f'There is {", ".join(tables[:3])}: save it as labels.csv, with' if tables else 'Write it, with')
+                    + " the first line 'image,labels' and one line an image such as name.jpg,cat;dog; or sort the "
+                      "photos into a folder for each class")
 
 # %% ../nbs/02_datasets.ipynb #f1d3541d
 def read_split(
@@ -321,7 +343,8 @@ def read_split(
         for i,line in read_lines(lists[name]):
             with noted(bad, f'{name}.txt, line {i}'):
                 id = index.find(line, f'{lists[name]}, line {i}')
-                need(split not in lists or id not in seen, f'{lists[name]}, line {i}', f'{id!r} is already in line {seen.get(id)}', 'Delete one of the lines')
+                need(split not in lists or id not in seen, f'{lists[name]}, line {i}',
+                     f'{id!r} is already in line {seen.get(id)}', 'Delete one of the lines')
                 seen[id] = i
     return list(seen) if split in lists else [id for id in photos if id not in seen]
 
@@ -334,7 +357,9 @@ def folder_masks(
 )->partial: # `read_mask_file`
     "Reader of the masks of a folder; `DataError` if there are files in masks/ and none has the name of a photo"
     files, rest = find_masks(root/'masks', photos)
-    need(files or not rest, root/'masks', f'holds {len(rest)} files, but none is an image with the name of a photo (the first is {Path((rest or [""])[0]).name})',
+    need(files or not rest, root/'masks',
+         f'holds {len(rest)} files, but none is an image with the name of a photo (the first is '
+         f'{Path((rest or [""])[0]).name})',
          f'Name the mask of {Path(next(iter(photos.values()))).name} {next(iter(photos))}.png, or move masks away')
     if rest: notes.append(f'masks: {len(rest)} files are the mask of no photo, the first is {Path(rest[0]).name}')
     colours = mask_colours(root/'labelmap.txt', classes)
@@ -368,8 +393,10 @@ def folder_dataset(
     out = set(dict(lost))
     files = {id: photos[id] for id in ids if id not in out}
     get_mask = folder_masks(root, labels.classes, photos, notes)
-    ds = Dataset('folder', labels.classes, list(files), split, partial(read_photo, files), partial(read_photo_size, files),
-                 {id: labels.of.get(id, ()) for id in files}.__getitem__, get_mask, has_masks=any(id in get_mask.keywords['files'] for id in files),
+    ds = Dataset('folder', labels.classes, list(files), split, partial(read_photo, files),
+                 partial(read_photo_size, files),
+                 {id: labels.of.get(id, ()) for id in files}.__getitem__, get_mask,
+                 has_masks=any(id in get_mask.keywords['files'] for id in files),
                  bad=lost, notes=[*labels.notes, *notes], mentioned=set(labels.of), files=files)
     if ds.has_masks and labels.of and not names.is_file(): ds.warn_of_order()
     return ds
@@ -379,7 +406,8 @@ def folder_dataset(
 def warn_of_order(self:Dataset,
     n:int=24, # most masks to look at
 ):
-    "Warn, also in `notes`, if the first masks contradict the image labels, see `check_masks`; masks that cannot be read are passed over"
+    """Warn, also in `notes`, if the first masks contradict the image labels, see `check_masks`;
+    masks that cannot be read are passed over"""
     ids = []
     for id in self.ids:
         if len(ids)==n: break
@@ -401,7 +429,8 @@ def get_dataset(
     if isinstance(spec, Dataset): return spec
     kinds = dict(voc=voc_dataset, coco=coco_dataset, folder=folder_dataset)
     kind,_,path = str(spec).partition(':')
-    guess = f'For your own photos write folder:{spec}' if Path(str(spec)).exists() else 'Use voc:PATH, coco:PATH, folder:PATH or mini'
+    guess = 'Use voc:PATH, coco:PATH, folder:PATH or mini'
+    if Path(str(spec)).exists(): guess = f'For your own photos write folder:{spec}'
     need(kind=='mini' or kind in kinds, spec, 'is not a data set', guess)
     need(kind=='mini' or path, spec, 'the path is missing', f'Write {kind}:PATH')
     ds = mini_dataset(split, **kw) if kind=='mini' else kinds[kind](path, split, on_bad=on_bad, **kw)

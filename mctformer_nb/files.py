@@ -6,13 +6,13 @@
 __all__ = ['DataError', 'need', 'describe_error', 'read_text', 'read_lines', 'atomic_path', 'sweep_beside', 'folder_lock',
            'read_arrays', 'to_json', 'write_json', 'read_json']
 
-# %% ../nbs/001_files.ipynb #c0b09e03
+# %% ../nbs/001_files.ipynb #00a5f856
 import json, math, os, shutil, tempfile, time, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 
-# %% ../nbs/001_files.ipynb #0eb056d0
+# %% ../nbs/001_files.ipynb #ebcfbdcd
 class DataError(ValueError):
     "Bad input: the message names the file (`where`), the `problem` and the `fix`"
     def __init__(self,
@@ -22,7 +22,7 @@ class DataError(ValueError):
     ):
         super().__init__(str(where) if problem is None else f'{where}: {problem}. {fix}.')
 
-# %% ../nbs/001_files.ipynb #7e354a1f
+# %% ../nbs/001_files.ipynb #ebb01831
 def need(
     ok:object, # what must hold
     where:object, # file, folder or spec at fault
@@ -32,14 +32,14 @@ def need(
     "Raise `DataError(where, problem, fix)` unless `ok`"
     if not ok: raise DataError(where, problem, fix)
 
-# %% ../nbs/001_files.ipynb #dc2e21ff
+# %% ../nbs/001_files.ipynb #bf1727ec
 def describe_error(
     e:BaseException, # what was raised
 )->str: # one line
     "Message of a `DataError`, else 'Type: text'"
     return str(e) if isinstance(e, DataError) else f'{type(e).__name__}: {e}'
 
-# %% ../nbs/001_files.ipynb #e81c626e
+# %% ../nbs/001_files.ipynb #afd5db2f
 def read_text(
     path:str|Path, # UTF-8, or UTF-16 with its mark
 )->str: # without the mark
@@ -49,18 +49,19 @@ def read_text(
         text = raw.decode('utf-16' if raw[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig')
     except FileNotFoundError: raise DataError(path, 'there is no such file', 'Check the path') from None
     except OSError as e: raise DataError(path, f'cannot be read ({e.strerror})', 'Check path and permissions') from None
-    except UnicodeDecodeError as e: raise DataError(path, f'is not UTF-8 text (byte {e.start})', 'Save it as UTF-8') from None
+    except UnicodeDecodeError as e:
+        raise DataError(path, f'is not UTF-8 text (byte {e.start})', 'Save it as UTF-8') from None
     need('\0' not in text, path, 'holds zero bytes, it is not UTF-8 text', 'Save it as UTF-8')
     return text
 
-# %% ../nbs/001_files.ipynb #21cfe49b
+# %% ../nbs/001_files.ipynb #8622eb67
 def read_lines(
     path:str|Path, # text file
 )->list: # [(line number, text)]
     "The lines of a text file that are not empty, stripped; `DataError` as from `read_text`"
     return [(i, l.strip()) for i,l in enumerate(read_text(path).splitlines(), 1) if l.strip()]
 
-# %% ../nbs/001_files.ipynb #c45e3ecf
+# %% ../nbs/001_files.ipynb #c43409bd
 @contextmanager
 def atomic_path(
     path:str|Path, # the file to write; its folder is created
@@ -69,16 +70,18 @@ def atomic_path(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix='.tmp-', dir=path.parent))
-    full_disk = 'inline_container', 'PytorchStreamWriter', 'I/O error'   # torch and safetensors have errors of their own for it
+    # torch and safetensors have errors of their own for it
+    full_disk = 'inline_container', 'PytorchStreamWriter', 'I/O error'
     try:
         yield tmp/path.name
         os.replace(tmp/path.name, path)
     except Exception as e:
         if isinstance(e, OSError) or not any(w in str(e) for w in full_disk): raise
-        raise OSError(f'{path}: could not be written to its end, perhaps the disk is full ({str(e).splitlines()[0]})') from e
+        why = str(e).splitlines()[0]
+        raise OSError(f'{path}: could not be written to its end, perhaps the disk is full ({why})') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/001_files.ipynb #49b799e8
+# %% ../nbs/001_files.ipynb #460704d8
 def sweep_beside(
     path:str|Path, # a file that is going to be written
     age:float=60, # seconds; younger folders may be in use
@@ -89,9 +92,10 @@ def sweep_beside(
             if time.time()-tmp.stat().st_mtime > age: shutil.rmtree(tmp)
         except OSError: pass                                # another process was faster
 
-# %% ../nbs/001_files.ipynb #aa787a32
+# %% ../nbs/001_files.ipynb #f2f9c7a0
 try: import fcntl
-except ImportError: fcntl = None                            # Windows has no such locks: there, the user is the one who takes care
+# Windows has no such locks: there, the user is the one who takes care
+except ImportError: fcntl = None
 _held = set()                                               # descriptors of the folders that this process holds
 if fcntl: os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in list(_held)])
 
@@ -107,7 +111,7 @@ def _locked(fd, shared, wait):
             time.sleep(.05)
         except OSError: return True                         # some network file systems have no locks
 
-# %% ../nbs/001_files.ipynb #3dc4be90
+# %% ../nbs/001_files.ipynb #5a0fd1cb
 @contextmanager
 def folder_lock(
     folder:str|Path, # made if needed; removed again if the block fails and left it empty
@@ -132,7 +136,7 @@ def folder_lock(
             _held.discard(fd)
             os.close(fd)
 
-# %% ../nbs/001_files.ipynb #ce35de9e
+# %% ../nbs/001_files.ipynb #9f6dc0d6
 def _read_npy(z, info, limit):
     "Array of a member of an open archive"
     fmt = np.lib.format
@@ -146,7 +150,7 @@ def _read_npy(z, info, limit):
         if problem: raise ValueError(problem)
         return np.ndarray(shape, dtype, bytearray(f.read()), order='F' if by_column else 'C')
 
-# %% ../nbs/001_files.ipynb #deab30f3
+# %% ../nbs/001_files.ipynb #a0e79500
 def read_arrays(
     path:str|Path, # .npz file
     names:tuple, # of the arrays
@@ -160,14 +164,15 @@ def read_arrays(
         with zipfile.ZipFile(path) as z:
             found = {i.filename: i for i in z.infolist()}
             lost = ' and '.join(n for n in names if f'{n}.npy' not in found)
-            need(not lost, path, f'is not a {what} file (no {lost} in it)', f'Give a file written by {maker}' if maker else 'Give another file')
+            need(not lost, path, f'is not a {what} file (no {lost} in it)',
+                 f'Give a file written by {maker}' if maker else 'Give another file')
             return [_read_npy(z, found[f'{n}.npy'], limit) for n in names]
     except DataError: raise
     except FileNotFoundError: raise DataError(path, 'there is no such file', 'Check the folder and the id') from None
     except Exception as e:
         raise DataError(path, f'is not a readable {what} file ({type(e).__name__}: {str(e)[:80]})', again) from None
 
-# %% ../nbs/001_files.ipynb #d0dfaa84
+# %% ../nbs/001_files.ipynb #aa827a94
 def to_json(
     o:object, # dicts, lists, numbers, strings; numpy arrays, tuples, sets and paths too
 )->object: # the same as dicts, lists, numbers and strings
@@ -178,7 +183,7 @@ def to_json(
     if isinstance(o, float): return o if math.isfinite(o) else None
     return o if o is None or isinstance(o, (str,int)) else str(o)
 
-# %% ../nbs/001_files.ipynb #2c9cc62c
+# %% ../nbs/001_files.ipynb #52a5a58d
 def write_json(
     path:str|Path, # file to write
     obj:object, # what `to_json` takes
@@ -187,11 +192,12 @@ def write_json(
     text = json.dumps(to_json(obj), indent=1, ensure_ascii=False)
     with atomic_path(path) as p: p.write_text(text+'\n', encoding='utf-8')
 
-# %% ../nbs/001_files.ipynb #5b428a10
+# %% ../nbs/001_files.ipynb #eb028aab
 def read_json(
     path:str|Path, # file to read
 )->object: # its content
     "Read JSON; `DataError` where it is missing or broken"
     try: return json.loads(Path(path).read_text(encoding='utf-8-sig'))
     except OSError as e: raise DataError(path, f'cannot be read ({e.strerror})', 'Check the path') from None
-    except (ValueError,RecursionError) as e: raise DataError(path, f'is not valid JSON ({e})', 'Write the file again') from None
+    except (ValueError,RecursionError) as e:
+        raise DataError(path, f'is not valid JSON ({e})', 'Write the file again') from None

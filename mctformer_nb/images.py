@@ -46,9 +46,9 @@ def _why(path, e):
     if isinstance(e, Image.DecompressionBombError):
         return f'too many pixels ({e})', 'Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it'
     if head[4:12] in (b'ftypheic', b'ftypheix', b'ftypmif1'):
-        return 'is a HEIC photo, which Pillow cannot read alone or which is damaged', 'Convert it to JPEG, or: pip install pillow-heif'
+        return 'is a HEIC photo, damaged or not readable by Pillow alone', 'Convert it to JPEG, or: pip install pillow-heif'
     if head[4:12]==b'ftypavif' and 'AVIF' not in photo_formats():
-        return 'is an AVIF photo, which this Pillow cannot read', 'Convert it to JPEG or PNG, or install Pillow 11.3 or newer'
+        return 'is an AVIF photo, which this Pillow cannot read', 'Convert it to JPEG, or install Pillow 11.3 or newer'
     if head[128:]==b'DICM': return 'is a DICOM file, not a photo', 'Export its pixels as PNG or TIFF; 16 bits are fine'
     if isinstance(e, Image.UnidentifiedImageError):
         return f'is not an image of a known kind ({", ".join(photo_formats())}), or has no pixels', fix
@@ -105,7 +105,8 @@ def open_image(
     except Exception: pass          # a damaged note about rotation does not make the photo unusable
     im = to_rgb(im)
     if max(im.size)>8 and all(high-low<=3 for low,high in im.resize((64,64), Image.NEAREST).getextrema()):
-        warnings.warn(f'{path}: the photo is almost constant, every pixel has nearly the same colour. Check how it was converted.', stacklevel=2)
+        warnings.warn(f'{path}: the photo is almost constant, every pixel has nearly the same colour. Check how it '
+                      f'was converted.', stacklevel=2)
     return im
 
 # %% ../nbs/002_images.ipynb #baec7a21
@@ -133,13 +134,15 @@ def colours_to_indices(
     path:str|Path='mask', # for messages
 )->np.ndarray: # uint8 (H,W)
     "Class indices of a mask that was saved in colours; `DataError` names a colour that is not in the table"
-    code = rgb.astype(np.int32) @ np.array([1<<16, 1<<8, 1])                              # (H,W,3) -> (H,W), a number a colour
+    # (H,W,3) -> (H,W), a number a colour
+    code = rgb.astype(np.int32) @ np.array([1<<16, 1<<8, 1])
     found,where = np.unique(code, return_inverse=True)
     known = {(r<<16) + (g<<8) + b: v for (r,g,b),v in colours.items()}
     odd = [c for c in found.tolist() if c not in known]
     first = odd and (odd[0]>>16, odd[0]>>8 & 255, odd[0] & 255)
     need(not odd, path, f'is a colour image, and {first} is not the colour of a class (red, green, blue)',
-         'Save it as a palette or grey PNG of class indices, or list the colours in labelmap.txt beside masks/, a line a class: cat:128,0,0')
+         'Save it as a palette or grey PNG of class indices, or list the colours in labelmap.txt beside masks/, a '
+         'line a class: cat:128,0,0')
     return np.array([known[c] for c in found.tolist()], np.uint8)[where].reshape(code.shape)
 
 # %% ../nbs/002_images.ipynb #da249d74
@@ -147,20 +150,25 @@ def _mask_values(im, path, colours):
     "Values of a mask (H,W), whatever the mode of the image"
     if im.format=='JPEG':
         a = np.asarray(im.convert('L'))
-        need(((a<64) | (a>191)).all(), path, 'is a JPEG, which changes the values of a mask', 'Save it as PNG from where it was drawn')
+        need(((a<64) | (a>191)).all(), path, 'is a JPEG, which changes the values of a mask',
+             'Save it as PNG from where it was drawn')
         return np.where(a>127, 255, 0)
     a = np.asarray(im)
     if colours or im.mode in ('RGB', 'RGBA', 'CMYK', 'PA', 'LA', 'La', 'RGBa', 'YCbCr', 'LAB', 'HSV'):
         rgb = np.asarray(im.convert('RGB'))                                             # alpha means nothing in a mask
         if not colours and (rgb==rgb[...,:1]).all(): return rgb[...,0]                  # grey, saved as colour
         return colours_to_indices(rgb, colours or {tuple(c): v for v,c in enumerate(voc_palette().tolist())}, path)
-    voc, own = voc_palette().tolist(), np.array(im.getpalette() or [], int).reshape(-1, 3).tolist()
-    if im.mode=='P' and own!=voc[:len(own)]:
+    own = np.array(im.getpalette() or [], np.uint8).reshape(-1, 3) if im.mode=='P' else voc_palette()
+    if (own!=voc_palette()[:len(own)]).any():
+        voc, own = voc_palette().tolist(), own.tolist()
         meant = {v: voc.index(own[v]) for v in np.unique(a).tolist() if 0<v<255 and v<len(own) and own[v] in voc[1:]}
         used = [v for v in np.unique(a).tolist() if 0<v<255]
         odd = next((v for v in used if meant.get(v, v)!=v), None) if len(meant)==len(used) else None
-        need(odd is None, path, f'value {odd} has the colour that VOC gives to class {meant.get(odd)}, so it is not clear whether numbers or colours count',
-             'List the colours in labelmap.txt beside masks/ (a line a class: cat:128,0,0) and they count; or save it as a grey PNG of class indices')
+        need(odd is None, path,
+             f'value {odd} has the colour that VOC gives to class {meant.get(odd)}, so it is not clear whether '
+             f'numbers or colours count',
+             'List the colours in labelmap.txt beside masks/ (a line a class: cat:128,0,0) and they count; or save it '
+             'as a grey PNG of class indices')
     return a
 
 # %% ../nbs/002_images.ipynb #6b5384a9
@@ -171,12 +179,17 @@ def open_mask(
 )->np.ndarray: # uint8 (H,W): 0 background, index+1 of a class, 255 ignored
     "The indices of a mask file; `DataError` if it is unreadable, in unknown colours or of another size"
     a = _mask_values(load_image(path), path, colours)
-    need(a.ndim==2 and (a==np.round(a)).all() if a.dtype.kind=='f' else a.ndim==2, path, 'holds fractions, not class indices', 'Save whole numbers')
-    need(a.min()>=0 and a.max()<=255, path, f'values reach {a.max()}, a mask holds 0 to 255', 'Save class indices, 255 for ignored pixels')
-    turned = 'Its sides are exchanged: most likely the photo has a rotation note (EXIF) that the tool for masks ignored. Turn the mask as the note says, or remove the note'
-    fix = turned if size is not None and a.shape==tuple(size)[::-1] else 'Use the mask that was drawn on this photo, at its full size'
+    need(a.ndim==2 and (a==np.round(a)).all() if a.dtype.kind=='f' else a.ndim==2, path,
+         'holds fractions, not class indices', 'Save whole numbers')
+    need(a.min()>=0 and a.max()<=255, path, f'values reach {a.max()}, a mask holds 0 to 255',
+         'Save class indices, 255 for ignored pixels')
+    fix = 'Use the mask that was drawn on this photo, at its full size'
+    if size is not None and a.shape==tuple(size)[::-1]:
+        fix = ('Its sides are exchanged: most likely the photo has a rotation note (EXIF) that the tool for masks '
+               'ignored. Turn the mask as the note says, or remove the note from the photo')
     need(size is None or a.shape==tuple(size), path,
-         size and f'the mask is {a.shape[1]} x {a.shape[0]}, its photo {size[1]} x {size[0]} pixels (width x height)', fix)
+         size and f'the mask is {a.shape[1]} x {a.shape[0]}, its photo {size[1]} x {size[0]} pixels (width x height)',
+         fix)
     return a.astype(np.uint8)
 
 # %% ../nbs/002_images.ipynb #4697ad6f

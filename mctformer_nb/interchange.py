@@ -25,7 +25,8 @@ def mask_to_rle(
 ) -> dict: # size [H, W], counts: text
     "A region as COCO's compressed run lengths. Raises `DataError` when pycocotools is missing."
     try: from pycocotools.mask import encode
-    except ImportError: raise DataError('COCO RLE', 'pycocotools is not installed', 'pip install "mctformer_nb[coco]"') from None
+    except ImportError:
+        raise DataError('COCO RLE', 'pycocotools is not installed', 'pip install "mctformer_nb[coco]"') from None
     region = np.asarray(region)
     need(region.ndim==2 and region.size, 'region', f'has shape {region.shape}', 'Give one mask (H,W)')
     r = encode(np.asfortranarray(region.astype(bool), dtype=np.uint8))
@@ -74,7 +75,8 @@ def rle_to_mask(
 def export_coco(
     masks:str|Path, # folder of `<id>.png`
     ds:Dataset, # its photos and classes
-    path:str|Path, # JSON file to write; `annotations/instances_NAME.json` beside the photos in `NAME/` is a data set for `coco:`
+    path:str|Path,
+    # JSON file to write; `annotations/instances_NAME.json` beside the photos in `NAME/` is a data set for `coco:`
 ) -> dict: # what was written: images, categories, annotations
     "Masks of a data set as a COCO file with RLE, one annotation a class and photo"
     images, found = [], []
@@ -84,10 +86,12 @@ def export_coco(
         suffix = Path(ds.files[id]).suffix if ds.files else '.png'
         images.append(dict(id=n, file_name=id+suffix, height=m.shape[0], width=m.shape[1]))
         for v in np.setdiff1d(m, [0, 255]).tolist():
-            need(v<=len(ds.classes), file, f'holds mask value {v}, but there are {len(ds.classes)} classes', 'Use masks of the same data set')
+            need(v<=len(ds.classes), file, f'holds mask value {v}, but there are {len(ds.classes)} classes',
+                 'Use masks of the same data set')
             y, x = np.nonzero(m==v)
             box = [int(x.min()), int(y.min()), int(np.ptp(x))+1, int(np.ptp(y))+1]
-            found.append(dict(id=len(found)+1, image_id=n, category_id=v, segmentation=mask_to_rle(m==v), area=len(x), bbox=box, iscrowd=0))
+            found.append(dict(id=len(found)+1, image_id=n, category_id=v, segmentation=mask_to_rle(m==v), area=len(x),
+                              bbox=box, iscrowd=0))
     coco = dict(images=images, categories=[dict(id=i, name=c) for i,c in enumerate(ds.classes, 1)], annotations=found)
     write_json(path, coco)
     return coco
@@ -104,7 +108,8 @@ def id_of_file(
 def _coco_regions(coco, source):
     "{image id: (name, (H,W), [(category, segmentation)])}, checked"
     try:
-        images = {i['id']: (id_of_file(i['file_name']), (int(i['height']), int(i['width'])), []) for i in coco['images']}
+        images = {i['id']: (id_of_file(i['file_name']), (int(i['height']), int(i['width'])), [])
+                  for i in coco['images']}
         for a in coco['annotations']: images[a['image_id']][2].append((a['category_id'], a['segmentation']))
     except DataError: raise
     except (KeyError, TypeError, ValueError) as e:
@@ -123,9 +128,11 @@ def import_coco(
     for name,size,regions in _coco_regions(coco, path).values():
         masks[name] = np.zeros(size, np.uint8)
         for c,seg in regions:
-            need(names.get(c) in classes, path, f'category {c} ({names.get(c)}) is not one of the classes', f'Give its name in the list of classes ({", ".join(classes)})')
+            need(names.get(c) in classes, path, f'category {c} ({names.get(c)}) is not one of the classes',
+                 f'Give its name in the list of classes ({", ".join(classes)})')
             region = rle_to_mask(seg) if isinstance(seg, dict) else None
-            need(region is not None and region.shape==size, path, f'a region of {name} is not RLE of its image size', 'Convert polygons to RLE; the data set coco:PATH reads polygons')
+            need(region is not None and region.shape==size, path, f'a region of {name} is not RLE of its image size',
+                 'Convert polygons to RLE; the data set coco:PATH reads polygons')
             masks[name][region] = classes.index(names[c])+1
     for name,m in masks.items(): save_mask(Path(out)/f'{name}.png', m)
     return len(masks)
@@ -159,7 +166,8 @@ def save_grey_maps(
     "A grey PNG `<class>.png` for each map; `DataError` for a name that cannot be one of a file"
     for name,m in zip(names, maps):
         need(not ('/' in name or name.startswith('.')), f'class {name!r}', 'cannot be a file name', 'Rename the class')
-        with atomic_path(Path(folder)/f'{name}.png') as p: Image.fromarray((m.astype(np.float32)*255).round().astype(np.uint8)).save(p, format='PNG')
+        grey = Image.fromarray((m.astype(np.float32)*255).round().astype(np.uint8))
+        with atomic_path(Path(folder)/f'{name}.png') as p: grey.save(p, format='PNG')
 
 # %% ../nbs/45_interchange.ipynb #40a3c4e8
 def import_maps(
@@ -169,7 +177,8 @@ def import_maps(
     form:str='png', # 'png' | 'npy' | 'reference', as in `export_maps`
 ) -> dict: # written: count; bad: [(id, problem)]
     "Seeds from localization maps of another program; what cannot be read is listed"
-    need(form in ('png', 'npy', 'reference'), f'form={form!r}', 'is not a form of maps', "Use 'png', 'npy' or 'reference'")
+    need(form in ('png', 'npy', 'reference'), f'form={form!r}', 'is not a form of maps',
+         "Use 'png', 'npy' or 'reference'")
     if form=='reference': return import_reference_seeds(folder, out, ds.ids)
     bad = []
     for id in progress(ds.ids, form):
@@ -178,11 +187,15 @@ def import_maps(
             if form=='png':
                 files = {c: Path(folder)/id/f'{name}.png' for c,name in enumerate(ds.classes)}
                 maps = {c: open_mask(f, (h,w))/255 for c,f in files.items() if f.is_file()}
-                need(maps or (Path(folder)/id).is_dir(), Path(folder)/id, 'there is no such folder of maps', 'Give the folder that holds one for each photo')
+                need(maps or (Path(folder)/id).is_dir(), Path(folder)/id, 'there is no such folder of maps',
+                     'Give the folder that holds one for each photo')
             else:
                 try: array = np.load(Path(folder)/f'{id}.npy', allow_pickle=False)
-                except (OSError, ValueError, EOFError) as e: raise DataError(Path(folder)/f'{id}.npy', f'cannot be read ({e})', 'Write it with np.save') from None
-                need(array.shape==(len(ds.classes), h, w), Path(folder)/f'{id}.npy', f'has the shape {array.shape}', f'Give maps of {len(ds.classes)} classes, {h} x {w}')
+                except (OSError, ValueError, EOFError) as e:
+                    raise DataError(Path(folder)/f'{id}.npy', f'cannot be read ({e})',
+                                    'Write it with np.save') from None
+                need(array.shape==(len(ds.classes), h, w), Path(folder)/f'{id}.npy', f'has the shape {array.shape}',
+                     f'Give maps of {len(ds.classes)} classes, {h} x {w}')
                 maps = {c: m for c,m in enumerate(array) if m.any()}
             save_seed(Path(out)/f'{id}.npz', list(maps), np.stack(list(maps.values())) if maps else np.zeros((0,h,w)))
     return dict(written=len(ds)-len(bad), bad=bad)
@@ -252,11 +265,14 @@ def check_config(
     where = Path(folder)/'config.json'
     cfg, fix = read_json(where), 'Build the model yourself and use load_weights'
     need(isinstance(cfg, dict), where, 'is not a configuration', 'Download it again')
-    need(re.fullmatch(r'[\w.]+', str(cfg.get('backbone'))), where, f'the backbone {cfg.get("backbone")!r} is not a name of timm', fix)
-    args, shape = cfg.get('backbone_args') or {}, set('''img_size patch_size embed_dim depth num_heads mlp_ratio qkv_bias qk_norm
-        init_values class_token no_embed_class pre_norm stem pos_scale drop_path_rate'''.split())
+    need(re.fullmatch(r'[\w.]+', str(cfg.get('backbone'))), where,
+         f'the backbone {cfg.get("backbone")!r} is not a name of timm', fix)
+    args = cfg.get('backbone_args') or {}
+    shape = set('''img_size patch_size embed_dim depth num_heads mlp_ratio qkv_bias qk_norm init_values class_token
+        no_embed_class pre_norm stem pos_scale drop_path_rate'''.split())
     plain = int, float, bool, list, type(None)
-    odd = [k for k,v in args.items() if k not in shape or not isinstance(v, plain)] if isinstance(args, dict) else ['backbone_args']
+    odd = [k for k,v in args.items() if k not in shape or not isinstance(v, plain)] if isinstance(args,
+        dict) else ['backbone_args']
     need(not odd, where, f'the backbone has the arguments {", ".join(map(str, odd))}', fix)
 
 # %% ../nbs/45_interchange.ipynb #8ddb3160
@@ -269,14 +285,16 @@ def from_pretrained(
     if not folder.is_dir():
         named = re.fullmatch(r'[\w.-]+/[\w.-]+', str(where)) and not set(str(where).split('/')) & {'.', '..'}
         need(named, where, 'is neither a folder nor a name on the hub', 'Write owner/name')
-        folder = Path(_hub().snapshot_download(str(where), revision=revision, allow_patterns=['config.json', 'model.safetensors']))
+        folder = Path(_hub().snapshot_download(str(where), revision=revision,
+                                               allow_patterns=['config.json', 'model.safetensors']))
     check_config(folder)
     return load_run(folder)
 
 def _hub():
     "The package for the hub"
     try: import huggingface_hub
-    except ImportError: raise DataError('hub', 'huggingface_hub is not installed', 'pip install huggingface_hub') from None
+    except ImportError:
+        raise DataError('hub', 'huggingface_hub is not installed', 'pip install huggingface_hub') from None
     return huggingface_hub
 
 # %% ../nbs/45_interchange.ipynb #13251d19

@@ -22,7 +22,8 @@ def is_no_class(
     name:str, # a label, or a line of a list of classes
 )->bool: # such as 'background', '_background_', '__ignore__', 'none', 'nan'
     "Does this name stand for the absence of a class?"
-    return name.strip().lower().strip('_') in ('background', 'bg', 'ignore', 'ignored', 'none', 'nan', 'null', 'n/a', '')
+    return name.strip().lower().strip('_') in ('background', 'bg', 'ignore', 'ignored', 'none', 'nan', 'null', 'n/a',
+                                               '')
 
 # %% ../nbs/01c_labels.ipynb #8e13943f
 def read_class_names(
@@ -35,11 +36,14 @@ def read_class_names(
         if is_no_class(name) and not seen: left_out.append(name)
         else:
             where = f'{path}, line {i}'
-            need(not is_no_class(name), where, f'{name!r} is no class of its own here: background is mask value 0, what is ignored 255', 'Delete the line')
+            need(not is_no_class(name), where,
+                 f'{name!r} is no class of its own here: background is mask value 0, what is ignored 255',
+                 'Delete the line')
             need(name not in seen, where, f'{name!r} is already in line {seen.get(name)}', 'Delete one of them')
             seen[name] = i
     need(0<len(seen)<255, path, f'lists {len(seen)} classes', 'Write one class name a line, at most 254')
-    if left_out and notes is not None: notes.append(f'{Path(path).name}: {", ".join(left_out)} at its beginning is no class and was left out')
+    if left_out and notes is not None:
+        notes.append(f'{Path(path).name}: {", ".join(left_out)} at its beginning is no class and was left out')
     return list(seen)
 
 # %% ../nbs/01c_labels.ipynb #a3fbeb9d
@@ -53,13 +57,14 @@ def class_index(
     if name in classes: return classes.index(name)
     near = difflib.get_close_matches(name.lower(), lower := {c.lower(): c for c in classes}, 1)
     fix = (f'Did you mean {lower[near[0]]!r}? Correct the label' if near
-        else 'Labels are numbers, but classes are names: write the name of the class instead of its number' if name.isdigit()
+        else 'Labels are numbers, but classes are names: write the name of the class instead of its number'
+        if name.isdigit()
         else 'Correct the label, or list every class in classes.txt')
     raise DataError(where, f'the label {name!r} is not one of {source}', fix)
 
 # %% ../nbs/01c_labels.ipynb #011d29cc
-IMAGE_COLUMNS = '''image filename file_name file fname image_id imageid image_name img_name img_id img image_path img_path
-filepath file_path path images photo name id'''.split()
+IMAGE_COLUMNS = '''image filename file_name file fname image_id imageid image_name img_name img_id img image_path
+img_path filepath file_path path images photo name id'''.split()
 
 # %% ../nbs/01c_labels.ipynb #7333df3b
 LABEL_COLUMNS = 'labels label class classes class_name tags tag categories category finding_labels species'.split()
@@ -79,9 +84,11 @@ def read_columns(
             if image is not None and len(head)>1: break
         else:
             line = (text.splitlines() or [''])[0][:80]
-            raise DataError(f'{path}, line 1', f'the header is {line!r}, which names no column of images and of labels', "Start the file with the line 'image,labels'")
+            raise DataError(f'{path}, line 1', f'the header is {line!r}, which names no column of images and of labels',
+                            "Start the file with the line 'image,labels'")
         rows = [(reader.line_num, cells) for r in reader if any(cells := [c.strip() for c in r])]
-    except csv.Error as e: raise DataError(f'{path}, line {reader.line_num}', f'is not CSV ({e})', 'Save the table as plain CSV') from None
+    except csv.Error as e:
+        raise DataError(f'{path}, line {reader.line_num}', f'is not CSV ({e})', 'Save the table as plain CSV') from None
     need(rows, path, 'holds no image', 'Write one line an image: name.jpg,cat;dog')
     return [h.strip() for h in first], image, rows
 
@@ -107,7 +114,8 @@ def split_labels(
     mark:str, # from `find_separator`
 )->list: # names, without what stands for no class
     "Labels of one cell"
-    if mark=='[]': parts = [a or b or c for a,b,c in re.findall(r"'([^']*)'|\"([^\"]*)\"|([^\s,\[\](){}'\"][^,\[\](){}]*)", cell)]
+    if mark=='[]':
+        parts = [a or b or c for a,b,c in re.findall(r"'([^']*)'|\"([^\"]*)\"|([^\s,\[\](){}'\"][^,\[\](){}]*)", cell)]
     else: parts = [cell] if not mark else cell.split() if mark==' ' else cell.split(mark)
     return [p.strip() for p in parts if not is_no_class(p)]
 
@@ -118,12 +126,15 @@ def check_names(
 ):
     "`DataError` for names that are hardly those of classes"
     odd = next((n for n in names if re.search(r'[\[\]{}|;\n]|^[\'"]|[\'"]$', n) or len(n)>100), None)
-    need(odd is None, path, f'the label {odd!r:.120} does not look like the name of a class', "Separate labels by ';' (name.jpg,cat;dog), or list the classes in classes.txt")
+    need(odd is None, path, f'the label {odd!r:.120} does not look like the name of a class',
+         "Separate labels by ';' (name.jpg,cat;dog), or list the classes in classes.txt")
     lower = {}
     for n in names:
         other = lower.setdefault(n.lower(), n)
-        need(other==n, path, f'the labels {other!r} and {n!r} differ only in capital letters', 'Write both in the same way, or list the classes in classes.txt')
-    need(len(lower)<255, path, f'has {len(lower)} different labels', 'Use at most 254 classes; is one column of the table taken for labels that holds something else?')
+        need(other==n, path, f'the labels {other!r} and {n!r} differ only in capital letters',
+             'Write both in the same way, or list the classes in classes.txt')
+    need(len(lower)<255, path, f'has {len(lower)} different labels',
+         'Use at most 254 classes; is one column of the table taken for labels that holds something else?')
 
 # %% ../nbs/01c_labels.ipynb #04c33411
 def split_columns(
@@ -135,12 +146,14 @@ def split_columns(
     "Labels of a table with a column for each class; `DataError` for a value that is neither 0 nor 1"
     yes, no = ('1', '1.0', 'true', 'True', 'TRUE'), ('0', '0.0', 'false', 'False', 'FALSE', '')
     columns = [(i, h) for i,h in enumerate(head) if i!=image and h and not h.lower().startswith('unnamed')]
-    need(columns, f'{path}, line 1', f'the header is {",".join(head)!r}, which names no column of labels', "Start the file with the line 'image,labels'")
+    need(columns, f'{path}, line 1', f'the header is {",".join(head)!r}, which names no column of labels',
+         "Start the file with the line 'image,labels'")
     out = []
     for line,cells in rows:
         cells = [*cells, *['']*(len(head)-len(cells))]
         odd = next((h for i,h in columns if cells[i] not in yes+no), None)
-        need(odd is None, f'{path}, line {line}', f'the header names no column of labels, and the column {odd!r} holds something else than 0 and 1',
+        need(odd is None, f'{path}, line {line}',
+             f'the header names no column of labels, and the column {odd!r} holds something else than 0 and 1',
              "Name the column of labels 'labels', or leave only columns of classes")
         out.append((line, cells[image], [h for i,h in columns if cells[i] in yes and not is_no_class(h)]))
     return [h for _,h in columns if not is_no_class(h)], out
@@ -172,8 +185,10 @@ def read_label_rows(
     found = [(line, cell(c, image), split_labels(cell(c, column), mark), problem(c)) for line,c in rows]
     names = classes or sorted({l for _,_,ls,_ in found for l in ls})
     if not classes: check_names(names, path)
-    need(names, path, 'no image has a label', 'Write labels into the second column, or the class names into classes.txt')
-    how = {'': 'one label a cell', '[]': 'labels as lists in brackets', ' ': 'labels separated by spaces'}.get(mark, f'labels separated by {mark!r}')
+    need(names, path, 'no image has a label',
+         'Write labels into the second column, or the class names into classes.txt')
+    how = {'': 'one label a cell', '[]': 'labels as lists in brackets', ' ': 'labels separated by spaces'}.get(mark,
+        f'labels separated by {mark!r}')
     return names, found, f'{how} in the column {head[column]!r}'
 
 # %% ../nbs/01c_labels.ipynb #dbbb7806
@@ -193,10 +208,12 @@ def read_labels(
             id = index.find(name, where)
             with noted(bad, id):
                 need(not problem, where, problem, "Separate labels by ';', and quote names that hold a comma")
-                need(single or id not in found, where, f'{name!r} is already in line {lines.get(id)}', 'Keep one line an image, with all its labels')
+                need(single or id not in found, where, f'{name!r} is already in line {lines.get(id)}',
+                     'Keep one line an image, with all its labels')
                 found.setdefault(id, set()).update(class_index(l, classes, where, source or path) for l in labels)
                 lines.setdefault(id, line)
-    several = f'; {len(rows)} lines for {len(found)} images were put together' if single and len(rows)>len(found)+len(bad or ()) else ''
+    several = f'; {len(rows)} lines for {len(found)} images were put together'
+    if not single or len(rows)<=len(found)+len(bad or ()): several = ''
     return Labels(classes, found, [f'{Path(path).name}: {how}{several}'])
 
 # %% ../nbs/01c_labels.ipynb #63463352
@@ -207,13 +224,17 @@ def labels_from_folders(
     "Labels of photos that are sorted into folders"
     first = {id: id.split('/')[0] if '/' in id else None for id in photos}
     names = sorted({f for f in first.values() if f and not is_no_class(f)})
-    parts = {'train', 'val', 'valid', 'validation', 'test', 'images', 'photos', 'masks', 'labels'} & {n.lower() for n in names}
-    if None in first.values() or parts or not names or (len(set(first.values()))<2 or not 0<len(names)<255) and not classes: return None
+    parts = {'train', 'val', 'valid', 'validation', 'test', 'images', 'photos', 'masks',
+             'labels'} & {n.lower() for n in names}
+    if None in first.values() or parts or not names or (len(set(first.values()))<2
+                                                        or not 0<len(names)<255) and not classes:
+        return None
     if classes and not set(names)<=set(classes): return None
     classes = classes or names
     counts = Counter(first.values())
     return Labels(classes, {id: {classes.index(f)} if f in classes else set() for id,f in first.items()},
-                  [f'no labels.csv: the label is the folder of the photo ({", ".join(f"{n} {counts[n]}" for n in names[:9])}{", ..." if len(names)>9 else ""})'])
+                  [f'no labels.csv: the label is the folder of the photo '
+                   f'({", ".join(f"{n} {counts[n]}" for n in names[:9])}{", ..." if len(names)>9 else ""})'])
 
 # %% ../nbs/01c_labels.ipynb #eec85d23
 def read_cls_labels(
@@ -224,11 +245,17 @@ def read_cls_labels(
     "Labels from a dictionary of vectors; `DataError` if the vectors do not fit the classes, or no photo is in it"
     vectors = read_array_dict(path, 'dictionary of label vectors')
     sizes = {v.shape for v in vectors.values()}
-    need(len(sizes)==1 and len(min(sizes))==1, path, f'its vectors have the shapes {sorted(sizes)[:3]}', 'Give one vector an image, a number a class')
+    need(len(sizes)==1 and len(min(sizes))==1, path, f'its vectors have the shapes {sorted(sizes)[:3]}',
+         'Give one vector an image, a number a class')
     (n,), = sizes
     classes = classes or (list(VOC_CLASSES) if n==20 else None)
-    need(classes and len(classes)==n, path, f'has {n} numbers an image, but {len(classes) if classes else "no"} classes are named', f'List {n} names in classes.txt, in the order of the numbers')
+    need(classes and len(classes)==n, path,
+         f'has {n} numbers an image, but {len(classes) if classes else "no"} classes are named',
+         f'List {n} names in classes.txt, in the order of the numbers')
     known = {k: index.ids.get(str(k)) or index.ids.get(f'{k:012d}' if isinstance(k, int) else k) for k in vectors}
     found = {id: set(np.flatnonzero(vectors[k]>.5).tolist()) for k,id in known.items() if id is not None}
-    need(found, path, f'names none of the photos (its first is {next(iter(vectors))!r})', 'Give the photos the names of this file')
-    return Labels(classes, found, [f'{Path(path).name}: {n} numbers an image, for {len(found)} of its {len(vectors)} images there is a photo'])
+    need(found, path, f'names none of the photos (its first is {next(iter(vectors))!r})',
+         'Give the photos the names of this file')
+    return Labels(classes, found,
+                  [f'{Path(path).name}: {n} numbers an image, for {len(found)} of its {len(vectors)} images there is '
+                   f'a photo'])

@@ -35,10 +35,14 @@ def safe_name(
     where:object, # place where it was found, for the message
 )->str: # the same name
     "`id` if it stays below its folder, else a `DataError`"
-    plain = id.isascii() and id.isprintable() or not any(unicodedata.category(c) in ('Cc', 'Cs') for c in id)
+    plain = id.isascii() and id.isprintable()
+    # nearly all of them
+    if plain and '..' not in id and '\\' not in id and id[:1]!='/' and id.rsplit('/', 1)[-1].strip(' .'): return id
+    plain = plain or not any(unicodedata.category(c) in ('Cc', 'Cs') for c in id)
     need(plain, where, f'the name {id!r} holds control characters, or is not UTF-8', 'Rename the file')
     p = PurePosixPath(id)
-    need(p.name.strip() and not (p.is_absolute() or '..' in p.parts or '\\' in id), where, f'the name {id!r} leaves the data folder',
+    need(p.name.strip() and not (p.is_absolute() or '..' in p.parts or '\\' in id), where,
+         f'the name {id!r} leaves the data folder',
          "Use plain names, without '..', a leading '/' or a backslash")
     return id
 
@@ -52,17 +56,20 @@ def list_files(
     def walk(path):
         for e in sorted(os.scandir(path), key=lambda e: e.name):
             if e.name.startswith('.') or e.name in ('@eaDir', '__MACOSX', 'Thumbs.db', 'desktop.ini'): continue
-            with noted(bad, os.path.splitext(os.path.relpath(e.path, folder))[0]):
-                if e.is_symlink():
-                    real = os.path.realpath(e.path)
-                    need(os.path.exists(real), e.path, 'is a link to nothing', 'Restore what it points to, or delete the link')
-                    need((real+os.sep).startswith(home+os.sep), e.path, 'is a link to a place outside of the folder',
-                         f'Copy what it points to there, or make {Path(folder).name} itself the link')
-                    if e.is_dir() and (os.path.realpath(path)+os.sep).startswith(real+os.sep): continue           # a circle
-                if e.is_dir(): yield from walk(e.path)
-                else: yield e.path
+            if e.is_symlink() and not followed(e.path, path): continue
+            if e.is_dir(): yield from walk(e.path)
+            else: yield e.path
+    def followed(link, path):
+        "Where the link leads: not out of the folder, not to nothing, not in a circle"
+        real = os.path.realpath(link)
+        with noted(bad, os.path.splitext(os.path.relpath(link, folder))[0]):
+            need(os.path.exists(real), link, 'is a link to nothing', 'Restore what it points to, or delete the link')
+            need((real+os.sep).startswith(home+os.sep), link, 'is a link to a place outside of the folder',
+                 f'Copy what it points to there, or make {Path(folder).name} itself the link')
+            return not (os.path.realpath(path)+os.sep).startswith(real+os.sep)
     try: return list(walk(folder))
-    except OSError as e: raise DataError(e.filename or folder, f'cannot be read ({e.strerror})', 'Check path and permissions') from None
+    except OSError as e:
+        raise DataError(e.filename or folder, f'cannot be read ({e.strerror})', 'Check path and permissions') from None
 
 # %% ../nbs/01a_photos.ipynb #0aa572bc
 PHOTO_SUFFIXES = '.jpg .jpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm .pnm .jfif .jpe .jif'.split()
@@ -73,8 +80,10 @@ def unreadable_photo(
 )->str|None: # what to do about it; None for what can be read and for what is no photo
     "Does a file of this kind hold a photo that cannot be read here?"
     needs = {'.avif': 'AVIF', '.jp2': 'JPEG2000', '.j2k': 'JPEG2000', '.heic': 'HEIF', '.heif': 'HEIF', '.hif': 'HEIF'}
-    if suffix in ('.heic', '.heif', '.hif') and 'HEIF' not in photo_formats(): return 'Convert it to JPEG, or: pip install pillow-heif'
-    if suffix in needs and needs[suffix] not in photo_formats(): return 'Convert it to JPEG or PNG, or install a newer Pillow'
+    if suffix in ('.heic', '.heif', '.hif') and 'HEIF' not in photo_formats():
+        return 'Convert it to JPEG, or: pip install pillow-heif'
+    if suffix in needs and needs[suffix] not in photo_formats():
+        return 'Convert it to JPEG or PNG, or install a newer Pillow'
     if suffix in '.dcm .dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .jxl'.split(): return 'Convert it to PNG, TIFF or JPEG'
 
 # %% ../nbs/01a_photos.ipynb #75448ec9
@@ -82,8 +91,10 @@ def find_photos(
     folder:str|Path, # with sub-folders
     bad:list=None, # for what cannot be used, see `noted`
 )->dict: # {id: path}, ordered by name
-    "All photos below `folder`; `DataError` for names that are there twice, for photos that cannot be read here, and for none at all"
-    need(Path(folder).is_dir(), folder, 'there is no such folder', 'Put the photos into images/ below the folder of the data set')
+    """All photos below `folder`;
+    `DataError` for names that are there twice, for photos that cannot be read here, and for none at all"""
+    need(Path(folder).is_dir(), folder, 'there is no such folder',
+         'Put the photos into images/ below the folder of the data set')
     found, rest, start = {}, [], len(os.path.join(folder, ''))
     more = [s for s in ('.avif', '.jp2', '.j2k', '.heic', '.heif', '.hif') if not unreadable_photo(s)]
     known = {*PHOTO_SUFFIXES, *more}
@@ -95,7 +106,9 @@ def find_photos(
             with noted(bad, name):
                 need(not fix, f, f'is a photo of a kind that cannot be read here ({suffix})', fix)
                 safe_name(name, f)
-                need(name not in found, f, f'has the same name as {os.path.basename(str(found.get(name)))}, and results are named by it', 'Rename one of them')
+                need(name not in found, f,
+                     f'has the same name as {os.path.basename(str(found.get(name)))}, and results are named by it',
+                     'Rename one of them')
                 found[name] = Path(f)
     there = f' (there are {len(rest)} other files, the first is {rest[0]})' if rest else ''
     need(found, folder, f'holds no photos{there}', f'Put photos there ({" ".join(sorted(known))})')
@@ -108,7 +121,8 @@ class PhotoIndex:
         photos:dict, # {id: path}, from `find_photos`
         folder:str|Path, # where they are
     ):
-        self.photos, self.paths, self.folder, start, nfc = list(photos), photos, Path(folder), len(os.path.join(folder, '')), lambda s: unicodedata.normalize('NFC', s)
+        self.photos, self.paths, self.folder, start, nfc = list(photos), photos, Path(folder), len(os.path.join(folder,
+            '')), lambda s: unicodedata.normalize('NFC', s)
         files = {nfc(str(p)[start:].replace(os.sep, '/')): id for id,p in photos.items()}
         ids = {nfc(id): id for id in photos}
         bare = {}
@@ -119,13 +133,15 @@ class PhotoIndex:
     def similar(self): return {k.casefold(): k for k in self.ids}
     def find(self, name:str, where:object)->str:
         "Id of the photo called `name`, found at `where`; `DataError` if there is none"
+        if name in self.ids: return self.ids[name]
         clean = PurePosixPath(unicodedata.normalize('NFC', name.replace('\\', '/'))).as_posix()
         safe_name(clean if clean!='.' else '', where)
         known = next((n for n in (clean, clean.removeprefix(f'{self.folder.name}/')) if n in self.ids), None)
         if known is not None: return self.ids[known]
         near = self.similar.get(clean.casefold()) or self.similar.get(os.path.splitext(clean)[0].casefold())
         guess = f'Did you mean {str(self.paths[self.ids[near]].relative_to(self.folder))!r}? ' if near else ''
-        raise DataError(where, f'there is no photo {name!r} in {self.folder}', f'{guess}Correct the name or delete the line')
+        raise DataError(where, f'there is no photo {name!r} in {self.folder}',
+                        f'{guess}Correct the name or delete the line')
 
 # %% ../nbs/01a_photos.ipynb #94d077a9
 def read_photo(
@@ -161,16 +177,17 @@ def find_masks(
     "The mask of each photo; `DataError` where two files claim to be it"
     found, rest, start = {}, [], len(os.path.join(folder, ''))
     names = {unicodedata.normalize('NFC', i): i for i in ids}
+    endings = '_mask -mask _masks _seg _segmentation _label _labels _gt _labelIds'.split() + PHOTO_SUFFIXES
     for f in list_files(folder) if Path(folder).is_dir() else ():
         stem, suffix = os.path.splitext(unicodedata.normalize('NFC', f[start:].replace(os.sep, '/')))
-        endings = '_mask -mask _masks _seg _segmentation _label _labels _gt _labelIds'.split()
-        tries = [stem, *(stem.removesuffix(e) for e in endings), *(stem.removesuffix(s) for s in PHOTO_SUFFIXES)]
-        id = next((names[t] for t in tries if t in names), None)
-        if id is None or suffix.lower() not in ('.png', '.bmp', '.gif', '.tif', '.tiff', '.jpg', '.jpeg', '.webp'): rest.append(f)
+        id = names.get(stem) or next((names[t] for e in endings if (t := stem.removesuffix(e)) in names), None)
+        if id is None or suffix.lower() not in ('.png', '.bmp', '.gif', '.tif', '.tiff', '.jpg', '.jpeg', '.webp'):
+            rest.append(f)
         else: found.setdefault((id, (stem!=id) + (suffix!='.png')), []).append(Path(f))
     best = {}
     for (id,rank),files in sorted(found.items()):
-        need(len(files)==1 or id in best, files[0], f'and {files[-1].name} are both the mask of {id!r}', f'Keep one of them, or name it {id}.png')
+        need(len(files)==1 or id in best, files[0], f'and {files[-1].name} are both the mask of {id!r}',
+             f'Keep one of them, or name it {id}.png')
         best.setdefault(id, files[0])
     return best, rest
 
@@ -210,12 +227,16 @@ def check_upright(
 ):
     "`DataError` if the mask fits the photo clearly better once it is turned by a rotation note that keeps the size"
     turns = {2: ('mirrored', mask[:,::-1]), 3: ('180 degrees', mask[::-1,::-1]), 4: ('upside down', mask[::-1])}
-    note = rotation_note(photo)
+    with open(photo, 'rb') as f: head = f.read(4096)
+    # faster than to open every photo as one
+    note = rotation_note(photo) if b'Exif' in head or head[:2] in (b'II', b'MM') else 1
     if note not in turns or min(mask.shape)<2: return
     how, turned = turns[note]
     im = open_image(photo)
     fits = mask.shape!=im.size[::-1] or outline_contrast(im, turned) <= 1.5*outline_contrast(im, mask)
-    need(fits, path, f'was drawn without the rotation note of its photo ({how}, EXIF orientation {note}): its outlines fit only when it is turned',
+    need(fits, path,
+         f'was drawn without the rotation note of its photo ({how}, EXIF orientation {note}): its outlines fit only '
+         f'when it is turned',
          'Turn the mask as the note says, or remove the note from the photo')
 
 # %% ../nbs/01a_photos.ipynb #43f7d4d4
@@ -235,6 +256,7 @@ def read_mask_file(
     m = open_mask(path, size, colours)
     if binary: m[m==255] = 1
     top = m[m<255].max(initial=0)
-    need(top<=n, path, f'holds mask value {top}, but there are {n} classes', 'Use 0 for background, 1 to the number of classes, 255 for ignored')
-    if photos is not None and id in photos: check_upright(photos[id], path, m)
+    need(top<=n, path, f'holds mask value {top}, but there are {n} classes',
+         'Use 0 for background, 1 to the number of classes, 255 for ignored')
+    if photos is not None and id in photos and Path(photos[id]).is_file(): check_upright(photos[id], path, m)
     return m

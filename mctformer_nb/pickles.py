@@ -33,7 +33,8 @@ class PickledCall:
         name:PickledName, # what it asks for
         args:tuple, # with what
     ):
-        if not isinstance(name, PickledName) or not isinstance(args, tuple): raise ValueError('it calls something without a name')
+        if not isinstance(name, PickledName) or not isinstance(args, tuple):
+            raise ValueError('it calls something without a name')
         self.name, self.args, self.state = name, args, None
 
 # %% ../nbs/01b_pickles.ipynb #cc7862ed
@@ -72,7 +73,8 @@ def build_step(
     elif op=='REDUCE': stack.append(PickledCall(*stack.take(2)))
     elif op=='BUILD':
         state, = stack.take(1)
-        if not isinstance(stack[-1], PickledCall) or not isinstance(state, tuple): raise ValueError('it changes something else than an array')
+        if not isinstance(stack[-1], PickledCall) or not isinstance(state, tuple):
+            raise ValueError('it changes something else than an array')
         stack[-1].state = state
     else: raise ValueError(f'it uses the instruction {op}')
 
@@ -80,9 +82,12 @@ def build_step(
 def read_notes(
     data:bytes, # a pickle
 )->object: # what it builds, with a `PickledCall` in the place of every call
-    "Run a pickle on a machine that calls nothing; `ValueError` for everything that a dictionary of arrays does not need"
-    plain = set('BININT BININT1 BININT2 LONG1 SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BINBYTES8 SHORT_BINSTRING BINSTRING'.split())
-    new = dict(EMPTY_DICT=dict, EMPTY_LIST=list, EMPTY_TUPLE=tuple, NONE=lambda: None, NEWTRUE=lambda: True, NEWFALSE=lambda: False)
+    """Run a pickle on a machine that calls nothing;
+    `ValueError` for everything that a dictionary of arrays does not need"""
+    plain = set('BININT BININT1 BININT2 LONG1 SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BINBYTES8 '
+                'SHORT_BINSTRING BINSTRING'.split())
+    new = dict(EMPTY_DICT=dict, EMPTY_LIST=list, EMPTY_TUPLE=tuple, NONE=lambda: None, NEWTRUE=lambda: True,
+               NEWFALSE=lambda: False)
     stack, memo = PickleStack(), {}
     for op,arg,_ in pickletools.genops(data):
         op = op.name
@@ -101,16 +106,20 @@ def read_notes(
 # %% ../nbs/01b_pickles.ipynb #c9b0d8d3
 def _raw_bytes(v):
     "Raw bytes: as they are, as Python 2 wrote them, or in the disguise of protocol 2"
-    if isinstance(v, PickledCall) and v.name=='_codecs encode' and v.args[1:]==('latin1',) and isinstance(v.args[0], str): v = v.args[0]
+    if isinstance(v, PickledCall) and v.name=='_codecs encode' and v.args[1:]==('latin1',) and isinstance(v.args[0],
+        str):
+        v = v.args[0]
     if isinstance(v, str): v = v.encode('latin1')
     if not isinstance(v, bytes): raise ValueError('an array has no bytes')
     return v
 
 def _dtype(v):
     "numpy's type of a note"
-    if not (isinstance(v, PickledCall) and v.name=='numpy dtype' and isinstance(v.args[0], str) and v.state): raise ValueError('an array has no number type')
+    if not (isinstance(v, PickledCall) and v.name=='numpy dtype' and isinstance(v.args[0], str) and v.state):
+        raise ValueError('an array has no number type')
     t = f'{v.state[1]}{v.args[0]}'
-    if t[0] not in '<|=' or t[1:] not in 'f2 f4 f8 b1 i1 u1 i2 i4 i8'.split(): raise ValueError(f'it holds arrays of type {t}')
+    if t[0] not in '<|=' or t[1:] not in 'f2 f4 f8 b1 i1 u1 i2 i4 i8'.split():
+        raise ValueError(f'it holds arrays of type {t}')
     return np.dtype(t)
 
 # %% ../nbs/01b_pickles.ipynb #e5486062
@@ -129,10 +138,13 @@ def note_to_array(
     v:object, # note of an array
 )->np.ndarray: # read only
     "The array of a note; `ValueError` if it is none"
-    if not (isinstance(v, PickledCall) and v.name in _ARRAY and v.state and len(v.state)==5): raise ValueError('it holds something else than arrays')
+    if not (isinstance(v, PickledCall) and v.name in _ARRAY and v.state and len(v.state)==5):
+        raise ValueError('it holds something else than arrays')
     _, shape, dtype, by_column, raw = v.state
     dtype, raw = _dtype(dtype), _raw_bytes(raw)
-    if not isinstance(shape, tuple) or not all(type(s) is int and s>=0 for s in shape) or math.prod(shape)*dtype.itemsize!=len(raw):
+    if not isinstance(shape,
+                      tuple) or not all(type(s) is int and s>=0
+                                        for s in shape) or math.prod(shape)*dtype.itemsize!=len(raw):
         raise ValueError(f'{len(raw)} bytes for an array of shape {shape}')
     return np.frombuffer(raw, dtype).reshape(shape, order='F' if by_column is True else 'C')
 
@@ -142,17 +154,22 @@ def read_array_dict(
     what:str='dictionary of arrays', # kind of file, for messages
     limit:int=2**30, # bytes
 )->dict: # {int or str: array}
-    "The dictionary of arrays in a `.npy` file, read without running anything of the file; `DataError` for everything else"
+    """The dictionary of arrays in a `.npy` file, read without running anything of the file;
+    `DataError` for everything else"""
     path, fmt = Path(path), np.lib.format
     try:
         if path.stat().st_size>limit: raise ValueError(f'it is larger than {limit} bytes')
         with open(path, 'rb') as f:
             head = {(1, 0): fmt.read_array_header_1_0, (2, 0): fmt.read_array_header_2_0}[fmt.read_magic(f)](f)
-            if not head[2].hasobject or head[0]!=(): raise ValueError(f'it is an array of {head[2]} {head[0]}, not a dictionary')
+            if not head[2].hasobject or head[0]!=():
+                raise ValueError(f'it is an array of {head[2]} {head[0]}, not a dictionary')
             note = read_notes(f.read())
-        items = note.state[4] if isinstance(note, PickledCall) and note.name in _ARRAY and note.state and note.state[1]==() else None
-        if not isinstance(items, list) or len(items)!=1 or not isinstance(items[0], dict): raise ValueError('it is not a saved dictionary')
+        whole = isinstance(note, PickledCall) and note.name in _ARRAY and note.state and note.state[1]==()
+        items = note.state[4] if whole else None
+        if not isinstance(items, list) or len(items)!=1 or not isinstance(items[0], dict):
+            raise ValueError('it is not a saved dictionary')
         return {k: note_to_array(v) for k,v in items[0].items()}
     except OSError as e: raise DataError(path, f'cannot be read ({e.strerror})', 'Check the path') from None
     except Exception as e:                                       # damaged headers raise many kinds
-        raise DataError(path, f'is not a {what}: {str(e)[:150] or type(e).__name__}', 'Only dictionaries of arrays are read; nothing in the file was run') from None
+        raise DataError(path, f'is not a {what}: {str(e)[:150] or type(e).__name__}',
+                        'Only dictionaries of arrays are read; nothing in the file was run') from None

@@ -6,28 +6,31 @@
 __all__ = ['read_annotation', 'annotated_labels', 'find_voc', 'read_voc_list', 'masks_outside_val', 'read_voc_ids',
            'read_mat_field', 'read_sbd_mask', 'find_sbd', 'merge_trainaug', 'prepare_voc']
 
-# %% ../nbs/01d_voc.ipynb #042282d9
+# %% ../nbs/01d_voc.ipynb #e0cc0429
 import os, re, shutil, struct, zlib
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 import numpy as np
-from .core import VOC_CLASSES, DataError, atomic_path, folder_lock, image_size, need, progress, read_lines, read_text, save_mask
+from .core import VOC_CLASSES, DataError, atomic_path, folder_lock, image_size, need, progress, read_lines
+from .core import read_text, save_mask
 from .labels import class_index
 from .photos import PHOTO_SUFFIXES, noted, safe_name, with_any_suffix
 
-# %% ../nbs/01d_voc.ipynb #9df24c6e
+# %% ../nbs/01d_voc.ipynb #894d4357
 def read_annotation(
     path:str|Path, # XML file of the devkit
 )->list: # names of the objects
     "Names of the objects in an annotation; `DataError` for anything but the devkit's plain XML"
-    need(Path(path).is_file(), path, f'there is no such file, so {Path(path).stem} has no labels', 'Copy Annotations from the devkit, or take the id off the list')
+    need(Path(path).is_file(), path, f'there is no such file, so {Path(path).stem} has no labels',
+         'Copy Annotations from the devkit, or take the id off the list')
     text = read_text(path)
-    need(not re.search(r'<!(DOCTYPE|ENTITY)', text), path, 'declares a DOCTYPE or entities', 'Use the plain annotation of the devkit')
+    need(not re.search(r'<!(DOCTYPE|ENTITY)', text), path, 'declares a DOCTYPE or entities',
+         'Use the plain annotation of the devkit')
     try: return [(o.findtext('name') or '').strip() for o in ElementTree.fromstring(text).findall('object')]
     except (ElementTree.ParseError, ValueError) as e:
         raise DataError(path, f'is not valid XML ({e})', 'Copy the file from the devkit again') from None
 
-# %% ../nbs/01d_voc.ipynb #a4be627e
+# %% ../nbs/01d_voc.ipynb #d5b9ab9b
 def annotated_labels(
     folder:Path, # `Annotations`
     classes:list, # names
@@ -38,7 +41,7 @@ def annotated_labels(
     path = folder/f'{id}.xml'
     return [class_index(n, classes, path, source) for n in read_annotation(path)]
 
-# %% ../nbs/01d_voc.ipynb #1a51a7f1
+# %% ../nbs/01d_voc.ipynb #18f92f41
 def find_voc(
     path:str|Path, # folder VOC2012, or one around it
 )->Path: # the folder VOC2012
@@ -49,7 +52,7 @@ def find_voc(
     problem = 'is not a VOC devkit (no ImageSets/Segmentation in it)' if path.is_dir() else 'there is no such folder'
     raise DataError(path, problem, 'Give the folder VOC2012 of the devkit; mct_prepare_voc PATH --download fetches it')
 
-# %% ../nbs/01d_voc.ipynb #a80bcf20
+# %% ../nbs/01d_voc.ipynb #7d892a7d
 def read_voc_list(
     root:Path, # folder VOC2012
     split:str, # name of a list
@@ -64,7 +67,7 @@ def read_voc_list(
         with noted(bad, l): names.append(safe_name(l.split()[0].lstrip('/'), f'{file}, line {i}'))
     return list(dict.fromkeys(PurePosixPath(n).stem if n.lower().endswith(tuple(PHOTO_SUFFIXES)) else n for n in names))
 
-# %% ../nbs/01d_voc.ipynb #3b11733a
+# %% ../nbs/01d_voc.ipynb #94d2423b
 def masks_outside_val(
     root:Path, # folder VOC2012
     folder:Path, # of masks
@@ -72,7 +75,7 @@ def masks_outside_val(
     "Images with a mask that are not in `val`"
     return sorted({p.stem for p in folder.glob('*.png')} - set(read_voc_list(root, 'val')))
 
-# %% ../nbs/01d_voc.ipynb #8b9a877a
+# %% ../nbs/01d_voc.ipynb #ce3b27b3
 def read_voc_ids(
     root:Path, # folder VOC2012
     split:str, # name of a list, or 'trainaug'
@@ -85,20 +88,22 @@ def read_voc_ids(
          f'Build it from VOC and SBD with the command: mct_prepare_voc {root}')
     return masks_outside_val(root, aug)
 
-# %% ../nbs/01d_voc.ipynb #fc6b7774
+# %% ../nbs/01d_voc.ipynb #dfc38bce
 def _mat_parts(b):
     "(type, content) of the elements in `b`"
     at = 0
     while at+8<=len(b):
         kind,size = struct.unpack_from('<II', b, at)
-        small = kind>>16                                                                        # a small one: 4 bytes in its tag
+        # a small one: 4 bytes in its tag
+        small = kind>>16
         if small: kind, size = kind & 0xffff, kind>>16
         start = at + (4 if small else 8)
         if start+size>len(b): raise ValueError('it ends too early')
         yield kind, b[start:start+size]
-        at = at+8 if small else start+size + (0 if kind==15 else -size%8)                       # padded to 8 bytes, unless compressed
+        # padded to 8 bytes, unless compressed
+        at = at+8 if small else start+size + (0 if kind==15 else -size%8)
 
-# %% ../nbs/01d_voc.ipynb #b0f18218
+# %% ../nbs/01d_voc.ipynb #583b93e3
 def read_mat_field(
     b:bytes, # a MATLAB 5 file
     name:str, # of a structure
@@ -109,7 +114,8 @@ def read_mat_field(
     if b[126:128]!=b'IM': raise ValueError('it is not a MATLAB 5 file')
     types = {1:'i1', 2:'u1', 3:'<i2', 4:'<u2', 5:'<i4', 6:'<u4'}
     for kind,part in _mat_parts(b[128:]):
-        if kind==15: (kind,part), = _mat_parts(zlib.decompressobj().decompress(part, limit))     # never more than `limit` bytes
+        # never more than `limit` bytes
+        if kind==15: (kind,part), = _mat_parts(zlib.decompressobj().decompress(part, limit))
         _,_,(_,called),*rest = _mat_parts(part)                                                 # flags, shape, name
         if called!=name.encode(): continue
         (_,width),(_,names),*fields = rest
@@ -119,7 +125,7 @@ def read_mat_field(
         return np.frombuffer(pixels, types[kind]).reshape(np.frombuffer(shape, '<i4').tolist(), order='F')
     raise KeyError(name)
 
-# %% ../nbs/01d_voc.ipynb #693725e2
+# %% ../nbs/01d_voc.ipynb #1aa20b67
 def read_sbd_mask(
     path:str|Path, # `.mat` file in `cls`
     n:int=20, # number of classes
@@ -127,14 +133,16 @@ def read_sbd_mask(
 )->np.ndarray: # uint8 (H,W), values 0 to `n` and 255
     "Class mask of an SBD file; `DataError` if it is none, or of another size"
     try: m = read_mat_field(Path(path).read_bytes(), 'GTcls', b'Segmentation')
-    except Exception as e: raise DataError(path, f'is not an SBD class file ({type(e).__name__}: {e})', 'Unpack SBD again') from None
+    except Exception as e:
+        raise DataError(path, f'is not an SBD class file ({type(e).__name__}: {e})', 'Unpack SBD again') from None
     good = m.ndim==2 and m.dtype.kind in 'ui' and m.size and m.min()>=0 and m[m<255].max(initial=0)<=n
     need(good, path, f'holds {m.dtype} {m.shape}, not a mask of {n} classes', 'Unpack SBD again')
-    need(size is None or m.shape==size, path, size and f'the mask is {m.shape[1]} x {m.shape[0]}, its photo {size[1]} x {size[0]} pixels',
+    need(size is None or m.shape==size, path,
+         size and f'the mask is {m.shape[1]} x {m.shape[0]}, its photo {size[1]} x {size[0]} pixels',
          'Use SBD with the photos of VOC 2012')
     return m.astype(np.uint8)
 
-# %% ../nbs/01d_voc.ipynb #dc6f66fe
+# %% ../nbs/01d_voc.ipynb #4ac7c460
 def find_sbd(
     *bases:str|Path, # folders to look in
 )->Path|None: # the folder cls
@@ -142,7 +150,7 @@ def find_sbd(
     near = ('', 'dataset', 'benchmark_RELEASE/dataset', 'sbd', 'SBD')
     return next((Path(b)/sub/'cls' for b in bases for sub in near if (Path(b)/sub/'cls').is_dir()), None)
 
-# %% ../nbs/01d_voc.ipynb #ed44e462
+# %% ../nbs/01d_voc.ipynb #a5e89407
 def _merge_masks(root, cls, out):
     "Write VOC's masks, then SBD's for the other images, into `out`; returns how many of each were written"
     voc = {p.stem: p for p in (root/'SegmentationClass').glob('*.png')}
@@ -164,34 +172,39 @@ def _download(path, what):
         if what=='voc': VOCSegmentation(path, year='2012', image_set='trainval', download=True)
         else: SBDataset(path, image_set='train_noval', mode='segmentation', download=True)
     except Exception as e:
-        raise DataError(path, f'the download of {what.upper()} failed ({type(e).__name__}: {e})', 'Try again later, or unpack the archive there by hand') from None
+        raise DataError(path, f'the download of {what.upper()} failed ({type(e).__name__}: {e})',
+                        'Try again later, or unpack the archive there by hand') from None
 
-# %% ../nbs/01d_voc.ipynb #e9446f42
+# %% ../nbs/01d_voc.ipynb #01d9e982
 def merge_trainaug(
     root:Path, # folder VOC2012
     cls:Path|None, # folder cls of SBD
     expected:int|None, # images of trainaug; None for a part of the data
 )->dict: # number of images, masks written from VOC and from SBD
     "Write SegmentationClassAug and trainaug.txt; `DataError` if it is not the number of images that is `expected`"
-    final, part, lists = root/'SegmentationClassAug', root/'SegmentationClassAug.partial', root/'ImageSets'/'Segmentation'
+    final, lists = root/'SegmentationClassAug', root/'ImageSets'/'Segmentation'
+    part = final.with_name('SegmentationClassAug.partial')
     work = final if final.is_dir() else part
-    for tmp in [*work.glob('.tmp-*'), *lists.glob('.tmp-*')]: shutil.rmtree(tmp, ignore_errors=True)     # what a killed process left
+    # what a killed process left
+    for tmp in [*work.glob('.tmp-*'), *lists.glob('.tmp-*')]: shutil.rmtree(tmp, ignore_errors=True)
     count = _merge_masks(root, cls, work)
     ids = masks_outside_val(root, work)
     need(expected in (None, len(ids)), work, f'{len(ids)} images outside val were found, {expected} are expected',
-         'VOC has 2,913 files in SegmentationClass and SBD 11,355 in cls: complete them and run again, or pass expected=None for a part of the data')
+         'VOC has 2,913 files in SegmentationClass and SBD 11,355 in cls: complete them and run again, or pass '
+         'expected=None for a part of the data')
     if work!=final: os.replace(work, final)
     with atomic_path(lists/'trainaug.txt') as p: p.write_text('\n'.join(ids)+'\n')
     return dict(images=len(ids), **count)
 
-# %% ../nbs/01d_voc.ipynb #e289577e
+# %% ../nbs/01d_voc.ipynb #33dbcacf
 def prepare_voc(
     path:str|Path, # folder VOC2012, or one around it; where to download to
     sbd:str|Path=None, # folder of SBD, default: looked for beside the devkit
     download:bool=False, # fetch what is missing (VOC 2 GB, SBD 1.4 GB)
     expected:int|None=10582, # images of trainaug; None for a part of the data
 )->dict: # number of images, masks written from VOC and from SBD
-    "Build SegmentationClassAug and ImageSets/Segmentation/trainaug.txt from VOC and SBD; run again to go on after an interruption"
+    """Build SegmentationClassAug and ImageSets/Segmentation/trainaug.txt from VOC and SBD;
+    run again to go on after an interruption"""
     try: root = find_voc(path)
     except DataError:
         if not download: raise
