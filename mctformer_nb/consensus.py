@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['resize_maps', 'hard_labels', 'consensus']
 
-# %% ../nbs/24a_consensus.ipynb #fef5af9c
+# %% ../nbs/24a_consensus.ipynb #9c0236a8
 import numpy as np, torch, torch.nn.functional as F
 from .core import need
 from .crf import refine_probs
 from .par import PAR
 
-# %% ../nbs/24a_consensus.ipynb #f72d94d9
+# %% ../nbs/24a_consensus.ipynb #a032f7ac
 def resize_maps(
     maps:np.ndarray, # (K,H,W)
     size:tuple, # (h,w) wanted
@@ -19,7 +19,7 @@ def resize_maps(
     "Maps, or the colours of a photo, at another size; bilinear"
     return F.interpolate(torch.as_tensor(np.array(maps, np.float32))[None], size, mode='bilinear', align_corners=False)[0].numpy()
 
-# %% ../nbs/24a_consensus.ipynb #fdbe8a20
+# %% ../nbs/24a_consensus.ipynb #efbd5e52
 def hard_labels(
     maps:np.ndarray, # (k,H,W) in [0,1]
     image:np.ndarray, # uint8 (H,W,3), RGB
@@ -33,11 +33,11 @@ def hard_labels(
     stack = np.concatenate([np.full((1, *size), background, np.float32), np.asarray(maps, np.float32)])    # (k+1,H,W)
     p = np.exp(resize_maps(stack, small))
     p = p/p.sum(0)                                                              # softmax over background and classes (k+1,h,w)
-    photo = resize_maps(np.moveaxis(image, 2, 0), small).transpose(1, 2, 0).round().astype(np.uint8)       # (H,W,3) -> (3,h,w) -> (h,w,3)
+    photo = resize_maps(np.moveaxis(np.asarray(image), 2, 0), small).transpose(1, 2, 0).round().astype(np.uint8)       # (H,W,3) -> (3,h,w) -> (h,w,3)
     if refine: p = refine_probs(photo, [p], refine)[0]
     return resize_maps(p, size).argmax(0)
 
-# %% ../nbs/24a_consensus.ipynb #5abe42a4
+# %% ../nbs/24a_consensus.ipynb #2ebdffb3
 def consensus(
     maps:np.ndarray, # (k,H,W) in [0,1], of the classes that are present; k may be 0
     image:np.ndarray, # uint8 (H,W,3), RGB
