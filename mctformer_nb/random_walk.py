@@ -20,7 +20,7 @@ from .core import need, read_json, save_mask
 from .crf import refined_mask, refinement
 from .pairs import pair_offsets, pair_starts
 from .ranks import local_device
-from .runs import split_options, weights_digest
+from .runs import plain, split_options, weights_digest
 from .stage import Output, Work, run_stage
 
 # %% ../nbs/31_random_walk.ipynb #894a9292
@@ -30,7 +30,8 @@ def offsets_for(
     "`pair_offsets` of the radius that has so many pairs. Raises `DataError` if none has."
     r = 2
     while len(o := pair_offsets(r)) < pairs: r += 1
-    need(len(o)==pairs, 'affinity', f'has {pairs} pairs a cell, radius {r} would have {len(o)}', 'Give it as (P,h,w) with the pairs of pair_offsets')
+    problem = f'has {pairs} pairs a cell, radius {r} would have {len(o)}'
+    need(len(o)==pairs, 'affinity', problem, 'Give it as (P,h,w) with the pairs of pair_offsets')
     return o
 
 # %% ../nbs/31_random_walk.ipynb #18047e14
@@ -43,7 +44,7 @@ def transition(
     (P, h, w), N, dev = affinity.shape, affinity[0].numel(), affinity.device
     o = torch.as_tensor(offsets_for(P), device=dev)                                       # (P,2)
     pair = torch.arange(P, device=dev)
-    pair = torch.cat([pair.flip(0), pair[:1], pair])                                      # (2P+1,), the middle one is the cell itself
+    pair = torch.cat([pair.flip(0), pair[:1], pair])                        # (2P+1,), the middle one is the cell itself
     o = torch.cat([-o.flip(0), o.new_zeros(1, 2), o])                                     # (2P+1,2)
     i = torch.arange(N, device=dev)[:, None]                                              # (N,1)
     y, x = i//w+o[:, 0], i%w+o[:, 1]                                                      # (N,2P+1) each
@@ -68,8 +69,8 @@ def check_walk(
     "`DataError` for what cannot be walked"
     need(maps.ndim==3, 'maps', f'are {tuple(maps.shape)}', 'Give them as (k,h,w)')
     need(affinity.ndim==3, 'affinity', f'is {tuple(affinity.shape)}', 'Give that of one photo, (P,h,w)')
-    same = maps.shape[1:]==affinity.shape[1:] and affinity[0].numel()
-    need(same, 'maps', f'are on a grid of {tuple(maps.shape[1:])} cells, the affinity on {tuple(affinity.shape[1:])}', 'Average-pool the maps to the grid of the affinity')
+    grids = f'are on a grid of {tuple(maps.shape[1:])} cells, the affinity on {tuple(affinity.shape[1:])}'
+    need(maps.shape[1:]==affinity.shape[1:] and affinity[0].numel(), 'maps', grids, 'Average-pool them to its grid')
     need(maps.isfinite().all(), 'maps', 'hold values that are not numbers', 'Write the seeds again')
     good = (affinity >= 0).all() and affinity.isfinite().all()
     need(good, 'affinity', 'holds negative values or values that are not numbers', 'Check the network for NaN weights')
@@ -77,7 +78,8 @@ def check_walk(
     need(steps==int(steps) and steps >= 0, 'steps', f'are {steps}', 'Give a whole number from 0 on')
 
 # %% ../nbs/31_random_walk.ipynb #616789e1
-def _tensor(x): return x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))      # a copy: torch knows no mirrored views
+def _tensor(x): # of an array a copy, because torch knows no mirrored views
+    return x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))
 
 @torch.no_grad()
 def random_walk(
@@ -86,14 +88,14 @@ def random_walk(
     beta:float=8, # power of the affinities (reference)
     steps:int=64, # number of steps (MCTformer: 2^6, PSA: 2^8)
 ) -> np.ndarray|torch.Tensor: # (k,h,w), of the kind and on the device of `maps`; float32, or float64 for float64 maps
-    "M T^t, T the column-normalised affinity^beta, without an N x N matrix. Raises `DataError` if the arrays do not fit each other."
+    "M T^t, T the column-normalised affinity^beta, without an N x N matrix. Raises `DataError` for what does not fit."
     m, a = _tensor(maps), _tensor(affinity)
     check_walk(m, a, beta, steps)
     dtype = torch.float64 if m.dtype==torch.float64 else torch.float32
     device = m.device if m.device.type in ('cpu', 'cuda') else torch.device('cpu')        # others lack sparse products
     T = transition(a.to(device), beta, dtype)                                             # T^t - 1, (N,N)
     x = m.to(device, dtype).flatten(1).t().contiguous()                                   # (k,h,w) -> (N,k)
-    for _ in range(int(steps) if len(m) else 0): x = torch.addmm(x, T, x)                 # M T: x + T x, T without its 1
+    for _ in range(int(steps) if len(m) else 0): x = torch.addmm(x, T, x)                # M T: x + T x, T without its 1
     x = x.t().contiguous().view(m.shape)                                                  # (N,k) -> (k,h,w)
     return x.to(m.device) if isinstance(maps, torch.Tensor) else x.numpy()
 
@@ -106,8 +108,9 @@ def background_score(
     except (TypeError, ValueError):
         found = read_json(background)
         score = found.get('best_threshold') if isinstance(found, dict) else None
-    need(isinstance(score, (int, float)), background, 'has no best_threshold', 'Score seeds (not masks) with mct_score --json, or give a number')
-    need(0 <= score <= 1, background, f'the background score {score} is outside 0 to 1', 'Give a number between them, the reference uses 0.39')
+    fix = 'Score seeds (not masks) with mct_score --json, or give a number'
+    need(isinstance(score, (int, float)), background, 'has no best_threshold', fix)
+    need(0 <= score <= 1, background, f'the background score {score} is outside 0 to 1', 'The reference uses 0.39')
     return float(score)
 
 # %% ../nbs/31_random_walk.ipynb #4df65960
@@ -120,9 +123,9 @@ def pooled_scores(
     "The scores that walk: averages over the pixels of a cell"
     m = torch.as_tensor(np.asarray(maps, np.float32))
     bg = torch.full_like(m[:1], background) if alpha is None else (1-m.amax(0, keepdim=True))**alpha      # (1,H,W)
-    return F.avg_pool2d(torch.cat([bg, m])[None], stride, ceil_mode=True)[0]                              # (k+1,H,W) -> (k+1,h,w)
+    return F.avg_pool2d(torch.cat([bg, m])[None], stride, ceil_mode=True)[0]                    # (k+1,H,W) -> (k+1,h,w)
 
-# %% ../nbs/31_random_walk.ipynb #b525b24f
+# %% ../nbs/31_random_walk.ipynb #e5d3ce7f
 def walked_scores(
     maps:np.ndarray, # (k,H,W) seed in [0,1]
     affinity:np.ndarray|torch.Tensor, # (P,h,w) of the photo, h = ceil(H/stride), w = ceil(W/stride)
@@ -135,10 +138,10 @@ def walked_scores(
     "Pool, walk, enlarge. Raises `DataError` if the affinity is not of this photo."
     (H, W), a = np.shape(maps)[1:], _tensor(affinity)
     grid = -(-H//stride), -(-W//stride)
-    fits = a.ndim==3 and a.shape[1:]==grid
-    need(fits, 'affinity', f'is {tuple(a.shape)}, a photo of {W} x {H} pixels has {grid} cells', f'Use a network of stride {stride}')
+    problem = f'is {tuple(a.shape)}, a photo of {W} x {H} pixels has {grid} cells'
+    need(a.ndim==3 and a.shape[1:]==grid, 'affinity', problem, f'Use a network of stride {stride}')
     m = random_walk(pooled_scores(maps, background, alpha, stride).to(a.device), a, beta, steps)          # (k+1,h,w)
-    m = F.interpolate(m[None], scale_factor=stride, mode='bilinear', align_corners=False)[0]              # (k+1,h*stride,w*stride)
+    m = F.interpolate(m[None], scale_factor=stride, mode='bilinear', align_corners=False)[0]   # (k+1,h*stride,w*stride)
     return m[:, :H, :W].cpu().numpy()                                                                     # (k+1,H,W)
 
 # %% ../nbs/31_random_walk.ipynb #8c53f1b7
@@ -154,10 +157,10 @@ def walked_mask(
     "Pseudo mask of one photo from its seed; all background where there is no class"
     if not len(classes): return np.zeros(np.shape(maps)[1:], np.uint8)
     m = walked_scores(maps, affinity, background, **walk)                                                 # (k+1,H,W)
-    if crf: m = m/m.sum(0).clip(1e-6)                                                                     # scores of a pixel as probabilities
+    if crf: m = m/m.sum(0).clip(1e-6)                                               # scores of a pixel as probabilities
     return refined_mask(image, np.append(0, np.asarray(classes)+1), m, crf)
 
-# %% ../nbs/31_random_walk.ipynb #2b168c0f
+# %% ../nbs/31_random_walk.ipynb #61fab772
 @dataclass
 class MaskOptions:
     "What is seldom said in `make_masks`"
@@ -182,7 +185,7 @@ def photo_affinity(
     if stride != net.stride: image = image.resize([-(-net.stride*n//stride) for n in image.size], Image.BICUBIC)
     return predict_affinity(net, image, border)
 
-# %% ../nbs/31_random_walk.ipynb #c8fec2d4
+# %% ../nbs/31_random_walk.ipynb #426d9323
 def walk_settings(
     net:object, # `AffinityNet` or a function
     background:float|str|Path, # background score, or the JSON file of `mct_score --json`
@@ -191,12 +194,14 @@ def walk_settings(
     how:MaskOptions, # alpha, stride, border
 ) -> tuple: # options of `walked_scores`; what is noted of the affinities
     "What decides the masks of given seeds. Raises `DataError`."
-    need(how.alpha is None or 0 <= how.alpha < np.inf, 'alpha', f'is {how.alpha}', 'Give a number from 0 on, PSA uses 4 to 32')
+    need(how.alpha is None or 0 <= how.alpha < np.inf, 'alpha', f'is {how.alpha}', 'Give 0 or more, PSA uses 4 to 32')
     check_walk(*torch.ones(2, 1, 1, 1), beta, steps)
     score = background_score(background) if how.alpha is None else None
     name = weights_digest(net) if isinstance(net, torch.nn.Module) else getattr(net, '__name__', type(net).__name__)
     border = how.border or getattr(net, 'border', 'all')
-    walk = dict(background=score, alpha=how.alpha, beta=beta, steps=int(steps), stride=how.stride or getattr(net, 'stride', 8))
+    pair_starts((1, 1), pair_offsets(), border)                                         # an unknown border is found now
+    stride = how.stride or getattr(net, 'stride', 8)
+    walk = dict(background=score, alpha=how.alpha, beta=beta, steps=int(steps), stride=stride)
     return walk, name if border=='all' else f'{name}, border {border}'
 
 # %% ../nbs/31_random_walk.ipynb #b9bcaed1
@@ -208,20 +213,21 @@ def make_masks(
     background:float|str|Path=.39, # background score (reference), or the JSON file of `mct_score --json`
     beta:float=8, # power of the affinities (reference)
     steps:int=64, # steps of the walk (MCTformer: 2^6, PSA: 2^8)
-    crf:dict|str=None, # refinement of the walked scores: `LABEL_CRF`, `PAR`, 'auto', see `refinement`; None (reference): no CRF
+    crf:dict|str=None, # refinement of the scores: `LABEL_CRF`, `PAR`, 'auto', see `refinement`; None (reference): none
     **options, # alpha, stride, border, device, overwrite, workers: see `MaskOptions`
 ) -> AttrDict: # folder; written, skipped, empty (photos without a class): counts; bad: [(id, problem)]; seconds
-    "Write one palette PNG a photo. Existing ones are skipped, unusable photos and seeds listed; `DataError` for what cannot work at all"
+    "Write one palette PNG a photo. Skips existing ones, lists unusable images; `DataError` for what cannot work at all"
     how, crf = MaskOptions(**split_options(options, MaskOptions)[0]), refinement(crf)
     walk, name = walk_settings(net, background, beta, steps, how)
-    noted = crf and {k: np.asarray(v).tolist() for k,v in crf.items()}
-    settings = dict(walk, crf=noted, classes=list(ds.classes), affinity=name, seeds=check_seeds(seeds_folder, ds))
+    settings = dict(walk, crf=plain(crf), classes=list(ds.classes), affinity=name, seeds=check_seeds(seeds_folder, ds))
     if isinstance(net, torch.nn.Module): net.to(torch.device(local_device(how.device)))
-    def affinities(items): # [(photo, classes, maps)] -> the same with affinities, which photos without a class need not have
-        return [(im, classes, maps, photo_affinity(net, im, walk['stride'], how.border) if len(classes) else None) for im,classes,maps in items]
+    def affinity(item): # (photo, classes, maps) -> (P,h,w); photos without a class need none
+        return photo_affinity(net, item[0], walk['stride'], how.border) if len(item[1]) else None
     def write(path, item):
-        im, classes, maps, affinity = item
-        save_mask(path, walked_mask(classes, maps, affinity, image=np.asarray(im), crf=crf, **walk))
+        (image, classes, maps), a = item
+        save_mask(path, walked_mask(classes, maps, a, image=np.asarray(image), crf=crf, **walk))
         return len(classes)
+    read, compute = partial(read_photo_seed, ds, seeds_folder), lambda items: [(it, affinity(it)) for it in items]
+    files = Output(out, settings, '_masks.json', '.png', 'masks')
     work = Work(threads=how.workers, overwrite=how.overwrite, desc='masks')
-    return run_stage(Output(out, settings, '_masks.json', '.png', 'masks'), ds.ids, partial(read_photo_seed, ds, seeds_folder), write, affinities, work)
+    return run_stage(files, ds.ids, read, write, compute, work)
