@@ -97,7 +97,7 @@ def find_labels(
     need(files, folder, none, 'Write them with mct_crf_labels, or check data and split')
     return files, [id for id in ds.ids if id not in files]
 
-# %% ../nbs/30_affinitynet.ipynb #3958c98a
+# %% ../nbs/30_affinitynet.ipynb #d8cd231d
 def read_photo_label(
     ds:Dataset, # photos
     id:str, # of the photo
@@ -111,7 +111,7 @@ def read_photo_label(
     need((h, w)==(H, W), file, problem, 'Write the labels of this photo again')
     return image, classes, low, high
 
-# %% ../nbs/30_affinitynet.ipynb #bf162609
+# %% ../nbs/30_affinitynet.ipynb #3c490c41
 @dataclass
 class CropOptions:
     "How photos and labels are cut and loaded"
@@ -256,7 +256,7 @@ def freeze_stem(
     for n in found: backbone.get_submodule(n).requires_grad_(False)
     return found
 
-# %% ../nbs/30_affinitynet.ipynb #1ec5845e
+# %% ../nbs/30_affinitynet.ipynb #2204e092
 @dataclass
 class FitOptions:
     "How the weights are found; the defaults are those of the published run"
@@ -276,7 +276,9 @@ def affinity_learner(
     **options, # lr, lr_mult, bias_mult, weight_decay, momentum, frozen_stride, power, amp: see `FitOptions`
 ) -> Learner:
     "fastai `Learner` for AffinityNet"
-    how = FitOptions(**split_options(options, FitOptions)[0])
+    how, cells = FitOptions(**split_options(options, FitOptions)[0]), dls.train.dataset.how.crop//net.stride
+    some = pair_starts((cells, cells), net.offsets, net.border).any()
+    need(some, 'crop', f'none of its {cells} x {cells} cells has all neighbours inside', "Use a larger crop, or border='all'")
     if how.frozen_stride: freeze_stem(net.backbone, how.frozen_stride)
     groups = param_groups(net, how.weight_decay, {'head': 10, **(how.lr_mult or {})}, how.bias_mult)
     def sgd(params, lr): # the groups replace fastai's splitter
@@ -288,7 +290,7 @@ def affinity_learner(
     net.to(dls.device, memory_format=torch.channels_last)
     return Learner(dls, net, loss, opt_func=sgd, lr=how.lr, metrics=[AffinityGap(net.offsets, net.border)], cbs=cbs)
 
-# %% ../nbs/30_affinitynet.ipynb #199fb547
+# %% ../nbs/30_affinitynet.ipynb #d4fb5df5
 AFFINITY_RECIPES = dict( # options of `train_affinity`
     reference=dict(momentum=5e-4, holdout=0., amp='off', border='reference'),
     momentum=dict(momentum=.9, holdout=.05, amp=None, border='all'))
@@ -330,7 +332,7 @@ def labels_fingerprint(
     if note.is_file(): rows.append(note.read_text(encoding='utf-8'))
     return f"{len(files)} files, {hashlib.sha1(chr(10).join(rows).encode()).hexdigest()[:12]}"
 
-# %% ../nbs/30_affinitynet.ipynb #5c5a7ac2
+# %% ../nbs/30_affinitynet.ipynb #cb82a007
 @dataclass
 class RunOptions:
     "How a training runs; nothing here changes its result"
@@ -338,7 +340,7 @@ class RunOptions:
     fresh:bool=False # throw away what is in the folder
     log:Callable=partial(print, flush=True) # receives one line per epoch
 
-# %% ../nbs/30_affinitynet.ipynb #d5553cdd
+# %% ../nbs/30_affinitynet.ipynb #09a56fcc
 def affinity_options(
     recipe:str, # of `AFFINITY_RECIPES`
     options:dict, # {name: value}; they go before the recipe's
@@ -410,7 +412,7 @@ def _mean_around(affinity, offsets, radius):
             for part in shifted(sums, dy, dx)[:2]: part += v              # the pair belongs to both of its cells
     return total/number
 
-# %% ../nbs/30_affinitynet.ipynb #126018a3
+# %% ../nbs/30_affinitynet.ipynb #63270402
 def boundary_map(
     affinity:torch.Tensor, # (P,h,w) from `predict_affinity`
     offsets:np.ndarray, # (P,2) that belong to it
