@@ -121,8 +121,8 @@ class PhotoIndex:
         photos:dict, # {id: path}, from `find_photos`
         folder:str|Path, # where they are
     ):
-        self.photos, self.paths, self.folder, start, nfc = list(photos), photos, Path(folder), len(os.path.join(folder,
-            '')), lambda s: unicodedata.normalize('NFC', s)
+        self.photos, self.paths, self.folder = list(photos), photos, Path(folder)
+        start, nfc = len(os.path.join(folder, '')), lambda s: unicodedata.normalize('NFC', s)
         files = {nfc(str(p)[start:].replace(os.sep, '/')): id for id,p in photos.items()}
         ids = {nfc(id): id for id in photos}
         bare = {}
