@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'affinity_apply', 'one_buffer', 'attend_rows', 'Attenti
            'maps_from_pass', 'localize_kinds', 'localize_fast', 'eight_bits', 'at_precision', 'fast_precisions',
            'choose_precision']
 
-# %% ../nbs/21a_fast_maps.ipynb #a941d4af
+# %% ../nbs/21a_fast_maps.ipynb #ceb78c57
 import copy, time, warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +24,7 @@ from .other_affinity import OtherAffinity, refine_by_other
 from .views import input_spec
 from .vit import capture_qk
 
-# %% ../nbs/21a_fast_maps.ipynb #d900f505
+# %% ../nbs/21a_fast_maps.ipynb #2147a50d
 def affinity_apply(
     q:Tensor,    # queries of one layer (B,H,N,d), class tokens first
     k:Tensor,    # keys of the same layer (B,H,N,d)
@@ -44,7 +44,7 @@ def affinity_apply(
             out.append(o.mean(1)[..., :m.shape[1]].transpose(1, 2))         # (B,M,d) -> (B,<=d,M)
     return torch.cat(out, 1)
 
-# %% ../nbs/21a_fast_maps.ipynb #8ec836ad
+# %% ../nbs/21a_fast_maps.ipynb #dd68a23a
 @contextmanager
 def one_buffer(
     blocks:nn.Sequential, # of the model
@@ -62,7 +62,7 @@ def one_buffer(
     finally:
         for h in handles: h.remove()
 
-# %% ../nbs/21a_fast_maps.ipynb #e5e30ed3
+# %% ../nbs/21a_fast_maps.ipynb #0f577a1b
 @torch.no_grad()
 def attend_rows(
     q:Tensor,     # queries (B,H,N,d)
@@ -89,7 +89,7 @@ def attend_rows(
             if i < top: first[b:b+group, r] = m[:, :top-i]
     return out.view(B, H, N, d).to(q.dtype), first
 
-# %% ../nbs/21a_fast_maps.ipynb #2a1c9f70
+# %% ../nbs/21a_fast_maps.ipynb #01b642b8
 class AttentionSums(TorchFunctionMode):
     "Inside the `with` block some layers `attend_rows`; afterwards `rows[layer]` (B,C,M) and `sums[group]` (B,M,M)"
     def __init__(self,
@@ -113,7 +113,7 @@ class AttentionSums(TorchFunctionMode):
     @property
     def sums(self): return {g: t[:, self.C:, self.C:] for g,t in self.totals.items()} # (B,N,N) -> (B,M,M)
 
-# %% ../nbs/21a_fast_maps.ipynb #1e07e140
+# %% ../nbs/21a_fast_maps.ipynb #a0eb085c
 def use_rows(
     model:nn.Module, # an MCTformer
     x:Tensor,        # images (B,3,H,W)
@@ -128,7 +128,7 @@ def use_rows(
     small = N <= 2*model.embed_dim*max(map(len, groups), default=0) # N x N against queries and keys of these layers
     return attention == 'rows' or attention == 'auto' and can and x.device.type == 'cpu' and small
 
-# %% ../nbs/21a_fast_maps.ipynb #fc13ced0
+# %% ../nbs/21a_fast_maps.ipynb #eeaf2b72
 @torch.no_grad()
 def attention_pass(
     model:nn.Module,        # an MCTformer
@@ -153,7 +153,7 @@ def attention_pass(
     spread = lambda group, m: sum(one(l, m) for l in group)
     return f, {l: class_to_patch(q[l], k[l], P, scales[l], classes) for l in layers}, spread
 
-# %% ../nbs/21a_fast_maps.ipynb #461d9ea3
+# %% ../nbs/21a_fast_maps.ipynb #30363099
 def maps_from_pass(
     model:nn.Module, # an MCTformer
     m:Maps,          # the kind of map
@@ -169,7 +169,7 @@ def maps_from_pass(
     if not m.refine: return maps
     return spread(tuple(range(L-K, L)), maps)/K if m.rule == 'paper' else spread(tuple(range(L)), maps)
 
-# %% ../nbs/21a_fast_maps.ipynb #b926962c
+# %% ../nbs/21a_fast_maps.ipynb #4e797bfa
 @torch.no_grad()
 def localize_kinds(
     model:nn.Module,       # an MCTformer, or a baseline
@@ -193,7 +193,7 @@ def localize_kinds(
     found = attention_pass(model, x, idx[0], sorted(layers), sorted(groups), attention)
     return [maps_from_pass(model, m, K, idx[0], found) for m,K in zip(wanted, Ks)]
 
-# %% ../nbs/21a_fast_maps.ipynb #69dfd890
+# %% ../nbs/21a_fast_maps.ipynb #e6a06926
 def localize_fast(
     model:nn.Module,       # an MCTformer, or a baseline
     x:Tensor,              # images (B,3,H,W), normalised by `input_spec(model)`, H and W multiples of the patch size
@@ -207,10 +207,10 @@ def localize_fast(
     "The maps of `localize`, with less memory and time. Raises `DataError` as that does."
     return localize_kinds(model, x, [Maps(kind, layers, refine, rule)], classes, **options)[0]
 
-# %% ../nbs/21a_fast_maps.ipynb #2d760348
+# %% ../nbs/21a_fast_maps.ipynb #0c2d46d3
 PRECISIONS = 'float32', 'bf16', 'fp16', 'int8'
 
-# %% ../nbs/21a_fast_maps.ipynb #771846e7
+# %% ../nbs/21a_fast_maps.ipynb #140260e2
 def eight_bits(
     model:nn.Module, # with transformer blocks, on a CPU
 ) -> nn.Module: # a copy in evaluation mode; what is not a block is shared with `model`
@@ -227,7 +227,7 @@ def eight_bits(
     twin._modules = dict(model._modules, blocks=blocks)
     return twin.eval()
 
-# %% ../nbs/21a_fast_maps.ipynb #1ad84995
+# %% ../nbs/21a_fast_maps.ipynb #aa014924
 @contextmanager
 def at_precision(
     model:nn.Module,          # an MCTformer, or a baseline
@@ -241,7 +241,7 @@ def at_precision(
     else:
         with torch.autocast(next(model.parameters()).device.type, kind): yield model
 
-# %% ../nbs/21a_fast_maps.ipynb #9cd38ed9
+# %% ../nbs/21a_fast_maps.ipynb #aa2c69c0
 def fast_precisions(
     model:nn.Module, # an MCTformer, or a baseline
 ) -> list: # some of `PRECISIONS`
@@ -251,7 +251,7 @@ def fast_precisions(
     bf16 = has('_is_amx_tile_supported') or has('_is_avx512_bf16_supported')
     return ['float32'] + ['bf16']*bf16 + ['int8']*hasattr(model, 'blocks')
 
-# %% ../nbs/21a_fast_maps.ipynb #1ca514c3
+# %% ../nbs/21a_fast_maps.ipynb #8fb37313
 def choose_precision(
     model:nn.Module,  # an MCTformer, or a baseline
     x:Tensor,         # images (B,3,H,W) as they will come; the first one's corner is used

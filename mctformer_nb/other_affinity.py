@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['affinity_vit', 'sinkhorn', 'patch_affinity', 'class_boxes', 'OtherAffinity', 'refine_by_other']
 
-# %% ../nbs/20a_other_affinity.ipynb #eff81c23
+# %% ../nbs/20a_other_affinity.ipynb #a5a034a6
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
@@ -17,7 +17,7 @@ from .core import DataError, need
 from .views import InputSpec, input_spec, view_size
 from .vit import build_vit, capture_qk
 
-# %% ../nbs/20a_other_affinity.ipynb #16ab644e
+# %% ../nbs/20a_other_affinity.ipynb #c973c158
 def affinity_vit(
     name:str='vit_small_patch14_dinov2', # of a plain ViT in timm
     weights:bool|str|Path=None, # weight file; default (or True) the pretrained ones of that name; False: random values
@@ -26,11 +26,11 @@ def affinity_vit(
     try: vit = build_vit(name, True if weights is None else weights, drop_path=0., dynamic_img_size=True)
     except DataError as e:
         fix = 'Give a plain ViT of timm, and where there is no network its weight file (weights=, --affinity-weights)'
-        raise DataError(f'affinity network {name}', str(e).rstrip('.'), fix) from e
+        raise DataError(f'affinity network {name}', str(e).split('. Without')[0].rstrip('.'), fix) from e
     vit.input_spec = input_spec(vit)
     return vit.eval().requires_grad_(False)
 
-# %% ../nbs/20a_other_affinity.ipynb #63b63739
+# %% ../nbs/20a_other_affinity.ipynb #1b208834
 def sinkhorn(
     affinity:Tensor, # (B,M,M), positive
     rounds:int=3,    # of columns, then rows (CLIP-ES: 3)
@@ -41,7 +41,7 @@ def sinkhorn(
         affinity = affinity/affinity.sum(-1, keepdim=True)        # rows sum to 1
     return (affinity + affinity.mT)/2
 
-# %% ../nbs/20a_other_affinity.ipynb #43d8e89f
+# %% ../nbs/20a_other_affinity.ipynb #996ab4c2
 @torch.no_grad()
 def patch_affinity(
     vit:nn.Module,    # a plain timm ViT, see `affinity_vit`
@@ -60,7 +60,7 @@ def patch_affinity(
     A = sum(token_attention(l['q'], l['k'], vit.blocks[i].attn.scale)[:, P:, P:] for i,l in qk.items()) # (B,M,M)
     return torch.linalg.matrix_power(sinkhorn(A) if norm == 'sinkhorn' else A, power)
 
-# %% ../nbs/20a_other_affinity.ipynb #b71a347d
+# %% ../nbs/20a_other_affinity.ipynb #0ef1cbd2
 def class_boxes(
     maps:Tensor,        # (B,c,h,w), not negative
     threshold:float=.4, # share of a map's maximum (CLIP-ES: .4 for VOC)
@@ -72,7 +72,7 @@ def class_boxes(
         for part in ndimage.find_objects(ndimage.label(m, np.ones((3, 3)))[0]): box[part] = 1
     return boxes.to(maps)
 
-# %% ../nbs/20a_other_affinity.ipynb #ef9e8020
+# %% ../nbs/20a_other_affinity.ipynb #de08db46
 @dataclass(frozen=True)
 class OtherAffinity:
     "A frozen transformer whose patches refine the maps of other networks, and how"
@@ -83,7 +83,7 @@ class OtherAffinity:
     power:int=1        # of the matrix
     boxes:float=None   # threshold of `class_boxes`, default no boxes
 
-# %% ../nbs/20a_other_affinity.ipynb #61cad724
+# %% ../nbs/20a_other_affinity.ipynb #f38f520f
 def refine_by_other(
     affinity:OtherAffinity|nn.Module, # a ViT alone stands for the settings' defaults
     x:Tensor,                         # images (B,3,H,W) as another network takes them
