@@ -6,14 +6,14 @@
 __all__ = ['check_maps', 'save_seed', 'load_seed', 'save_crf_label', 'load_crf_label', 'is_complete', 'check_seeds',
            'read_photo_seed']
 
-# %% ../nbs/04_artifacts.ipynb #599682be
+# %% ../nbs/04_artifacts.ipynb #89b25fb1
 import zipfile
 from pathlib import Path
 import numpy as np
 from PIL import Image
 from .core import DataError, atomic_path, need, read_arrays, read_json
 
-# %% ../nbs/04_artifacts.ipynb #589629d6
+# %% ../nbs/04_artifacts.ipynb #9dafcd33
 def check_maps(
     path:str|Path, # the file, for the message
     classes:np.ndarray, # int64 (k,), 0-based class indices, background not counted
@@ -23,17 +23,19 @@ def check_maps(
 ) -> tuple: # classes, *stacks
     "The arrays of a seed or label file, or a `DataError` that says why they are not"
     again, shapes = 'Write the file again', ' and '.join(f'{m.dtype} {m.shape}' for m in stacks)
-    need(classes.ndim == 1 and classes.dtype == np.int64, path, f'classes are {classes.dtype} {classes.shape}, int64 (k,) expected', again)
+    need(classes.ndim == 1 and classes.dtype == np.int64, path,
+         f'classes are {classes.dtype} {classes.shape}, int64 (k,) expected', again)
     same = all(m.ndim == 3 and m.dtype == np.float16 and m.shape == stacks[0].shape for m in stacks)
     need(same, path, f'maps are {shapes}, float16 (k,H,W) expected', again)
     need(len(stacks[0]) == len(classes)+rows, path, f'{len(stacks[0])} maps for {len(classes)} classes', again)
     unique = len(np.unique(classes)) == len(classes) and (classes >= 0).all()
     need(unique, path, f'classes {classes.tolist()} repeat or are negative', again)
     inside = all(m.min(initial=0) >= 0 and m.max(initial=0) <= top for m in stacks)    # false for NaN
-    need(inside, path, 'map values leave [0, 1] or are not numbers', 'Check the model for NaN weights, then write it again')
+    need(inside, path, 'map values leave [0, 1] or are not numbers',
+         'Check the model for NaN weights, then write it again')
     return classes, *stacks
 
-# %% ../nbs/04_artifacts.ipynb #8b0cc695
+# %% ../nbs/04_artifacts.ipynb #0582ede8
 def save_seed(
     path:str|Path, # file to write, `<id>.npz`
     classes:np.ndarray, # (k,) class indices, 0-based, background not counted; k may be 0
@@ -43,14 +45,14 @@ def save_seed(
     classes, maps = check_maps(path, np.asarray(classes, np.int64).reshape(-1), np.asarray(maps, np.float16))
     with atomic_path(path) as p, open(p, 'wb') as f: np.savez_compressed(f, classes=classes, maps=maps)
 
-# %% ../nbs/04_artifacts.ipynb #c0048889
+# %% ../nbs/04_artifacts.ipynb #297c4204
 def load_seed(
     path:str|Path, # a seed file
 ) -> tuple: # classes int64 (k,), maps float16 (k,H,W)
     "Read one seed file; `DataError` if it is missing, cut off, or not a seed file"
     return check_maps(path, *read_arrays(path, ('classes', 'maps'), 'seed', 'mct_seeds'))
 
-# %% ../nbs/04_artifacts.ipynb #a3252a0d
+# %% ../nbs/04_artifacts.ipynb #76c9e003
 def save_crf_label(
     path:str|Path, # file to write, `<id>.npz`
     classes:np.ndarray, # (k,) class indices, 0-based, background not counted
@@ -58,11 +60,12 @@ def save_crf_label(
     high:np.ndarray, # (k+1,H,W) with the high alpha
 ):
     "Write one label file, atomically; `DataError` if the arrays do not fit each other"
-    classes, low, high = np.asarray(classes, np.int64).reshape(-1), np.asarray(low, np.float16), np.asarray(high, np.float16)
+    classes, low, high = np.asarray(classes, np.int64).reshape(-1), np.asarray(low, np.float16), np.asarray(high,
+            np.float16)
     check_maps(path, classes, low, high, rows=1, top=1.001)
     with atomic_path(path) as p, open(p, 'wb') as f: np.savez_compressed(f, classes=classes, low=low, high=high)
 
-# %% ../nbs/04_artifacts.ipynb #000245d0
+# %% ../nbs/04_artifacts.ipynb #f7fed760
 def load_crf_label(
     path:str|Path, # a label file
 ) -> tuple: # classes int64 (k,), low float16 (k+1,H,W), high float16 (k+1,H,W); background first
@@ -70,7 +73,7 @@ def load_crf_label(
     arrays = read_arrays(path, ('classes', 'low', 'high'), 'label', 'mct_crf_labels')
     return check_maps(path, *arrays, rows=1, top=1.001)
 
-# %% ../nbs/04_artifacts.ipynb #c6cdf00c
+# %% ../nbs/04_artifacts.ipynb #b5368dcd
 def is_complete(
     path:str|Path, # an `.npz` or `.png` file
 ) -> bool:
@@ -83,24 +86,26 @@ def is_complete(
             return f.read()[4:8] == b'IEND'                             # the last chunk of every PNG
     except Exception: return False                                      # zipfile raises many kinds for damaged files
 
-# %% ../nbs/04_artifacts.ipynb #6962f0c8
+# %% ../nbs/04_artifacts.ipynb #c9b16aaa
 def check_seeds(
     folder:str|Path, # of seed files
     ds:'Dataset', # their photos
 ) -> dict|None: # the settings that the seeds were made with, if they are noted
     "`DataError` unless `folder` holds seeds of `ds`"
     folder, note = Path(folder), Path(folder)/'_seeds.json'
-    need(folder.is_dir(), folder, 'there is no such folder', 'Write seeds with mct_seeds, or give their folder with --seeds')
+    need(folder.is_dir(), folder, 'there is no such folder',
+         'Write seeds with mct_seeds, or give their folder with --seeds')
     some = any((folder/f'{id}.npz').is_file() for id in ds.ids)
     need(some, folder, f'has no seed of {ds.name} ({ds.split})', 'Write them with mct_seeds, or check folder and split')
     settings = read_json(note) if note.is_file() else {}
     need(isinstance(settings, dict), note, 'is not a list of settings', 'Write the seeds again')
     theirs = settings.get('classes', list(ds.classes))
-    need(theirs == list(ds.classes), folder, f'its seeds are of the classes {", ".join(map(str, theirs[:3]))} ..., the data set '
+    need(theirs == list(ds.classes), folder,
+         f'its seeds are of the classes {", ".join(map(str, theirs[:3]))} ..., the data set '
          f'{ds.name} has {", ".join(ds.classes[:3])} ...', 'Use the data that the seeds were made from')
     return settings or None
 
-# %% ../nbs/04_artifacts.ipynb #04b6750e
+# %% ../nbs/04_artifacts.ipynb #1ca1a242
 def read_photo_seed(
     ds:'Dataset', # photos
     folder:str|Path, # of seed files
@@ -111,7 +116,9 @@ def read_photo_seed(
     need(path.is_file(), path, 'there is no seed of this image', 'Write the seeds with mct_seeds')
     (classes, maps), image = load_seed(path), ds.image(id)
     (w, h), (H, W) = image.size, maps.shape[1:]
-    need((H, W) == (h, w), path, f'its maps are {W} x {H}, the photo {w} x {h} pixels (width x height)', 'Write the seeds again')
+    need((H, W) == (h, w), path, f'its maps are {W} x {H}, the photo {w} x {h} pixels (width x height)',
+         'Write the seeds again')
     most, n = classes.max(initial=-1), len(ds.classes)
-    need(most < n, path, f'class {most} is not one of the {n} of {ds.name}', 'Use the data that the seeds were made from')
+    need(most < n, path, f'class {most} is not one of the {n} of {ds.name}',
+         'Use the data that the seeds were made from')
     return image, classes, maps

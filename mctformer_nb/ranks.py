@@ -111,7 +111,8 @@ def may_overwrite(
 ) -> bool: # what this process does
     "`overwrite` in process 0, False in the others. Raises `DataError` without a line between them"
     if overwrite and world()>1 and not dist.is_initialized():
-        raise DataError(folder, 'cannot be written anew by processes that do not know of each other', 'Start them with torchrun, or delete the files first')
+        raise DataError(folder, 'cannot be written anew by processes that do not know of each other',
+                        'Start them with torchrun, or delete the files first')
     return overwrite and not rank()
 
 # %% ../nbs/03_ranks.ipynb #dae72d86

@@ -6,7 +6,7 @@
 __all__ = ['RUN_KINDS', 'read_state_dict', 'tensors_only', 'strip_prefix', 'check_state', 'weights_digest', 'RunKind', 'run_kind',
            'check_config', 'save_run', 'load_run', 'load_weights', 'plain', 'split_options']
 
-# %% ../nbs/07_runs.ipynb #c9a5d400
+# %% ../nbs/07_runs.ipynb #bc1650cd
 import argparse, hashlib, importlib, inspect, pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +19,9 @@ from . import __version__
 from .core import DataError, atomic_path, need, read_json, write_json
 from .views import input_spec
 
-# %% ../nbs/07_runs.ipynb #94157a87
-_SAFE = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0], *(type(np.dtype(t)) for t in ('f8', 'f4', 'i8', 'i4', '?'))]
+# %% ../nbs/07_runs.ipynb #905a8699
+_SAFE = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0],
+         *(type(np.dtype(t)) for t in ('f8', 'f4', 'i8', 'i4', '?'))]
 
 def read_state_dict(
     path:str|Path, # a .safetensors file, or a PyTorch file holding a state dict, bare or under 'model' or 'state_dict'
@@ -35,13 +36,15 @@ def read_state_dict(
     except pickle.UnpicklingError as e:
         archive = path.read_bytes()[:2].startswith((b'PK', b'\x80'))               # new or old PyTorch file
         found = archive and ('weights_only' in str(e) or 'Unsupported' in str(e))
-        problem = ('it holds Python code besides tensors, which is refused because opening it would run that code', 'Save it again as a plain '
+        problem = ('it holds Python code besides tensors, which is refused because opening it would run that code',
+                   'Save it again as a plain '
                    'state dict (or as .safetensors)') if found else ('not a weight file', 'Download it again')
         raise DataError(path, *problem) from e
-    except Exception as e: raise DataError(path, f'cannot be read ({type(e).__name__}), it may be truncated', 'Get it again') from e
+    except Exception as e: raise DataError(path, f'cannot be read ({type(e).__name__}), it may be truncated',
+                                           'Get it again') from e
     return tensors_only(sd, path)
 
-# %% ../nbs/07_runs.ipynb #f79183e7
+# %% ../nbs/07_runs.ipynb #7f3f261a
 def tensors_only(
     sd:dict, # a state dict, bare or under 'model' or 'state_dict'
     source:object='state dict', # where it is from, for the message
@@ -53,7 +56,7 @@ def tensors_only(
     need(tensors, source, 'it is not a state dict (a mapping from names to tensors)', 'Save `model.state_dict()`')
     return {k: v.float() if v.is_floating_point() else v for k,v in clean_state_dict(sd).items()}
 
-# %% ../nbs/07_runs.ipynb #9a28d2c7
+# %% ../nbs/07_runs.ipynb #0e8acd4d
 def strip_prefix(
     sd:dict, # name -> tensor, of a foreign file
     core:tuple=('blocks.', 'patch_embed.', 'cls_token', 'pos_embed'), # how names of the network itself begin
@@ -67,7 +70,7 @@ def strip_prefix(
         sd = inner
     return sd
 
-# %% ../nbs/07_runs.ipynb #0664ddac
+# %% ../nbs/07_runs.ipynb #8f18a30c
 def check_state(
     sd:dict, # name -> tensor that is there
     want:dict, # name -> tensor that is needed
@@ -76,11 +79,12 @@ def check_state(
 ):
     "`DataError` that names keys, unless both have the same keys and shapes"
     some = lambda ks: ', '.join(sorted(ks)[:4]) + (f' and {len(ks)-4} more' if len(ks) > 4 else '')
-    shapes = [f'{k} is {tuple(sd[k].shape)} instead of {tuple(want[k].shape)}' for k in sd.keys() & want.keys() if sd[k].shape != want[k].shape]
+    both = [k for k in sd.keys() & want.keys() if sd[k].shape != want[k].shape]
+    shapes = [f'{k} is {tuple(sd[k].shape)} instead of {tuple(want[k].shape)}' for k in both]
     wrong = dict(missing=want.keys()-sd.keys(), unexpected=sd.keys()-want.keys(), shape=shapes)
     need(not any(wrong.values()), source, '; '.join(f'{name}: {some(ks)}' for name,ks in wrong.items() if ks), fix)
 
-# %% ../nbs/07_runs.ipynb #0c5398d0
+# %% ../nbs/07_runs.ipynb #4678b9ad
 def weights_digest(
     model:nn.Module, # any
 ) -> str: # 16 hexadecimal digits
@@ -91,7 +95,7 @@ def weights_digest(
         h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
-# %% ../nbs/07_runs.ipynb #bff89f25
+# %% ../nbs/07_runs.ipynb #804c8bf5
 @dataclass
 class RunKind:
     "How networks of one kind come back from their run folder"
@@ -99,9 +103,10 @@ class RunKind:
     fields:dict # {name: type} that a configuration must have
     command:str # that trains such runs, for messages
 
-# %% ../nbs/07_runs.ipynb #38bd667c
+# %% ../nbs/07_runs.ipynb #4b4f706e
 RUN_KINDS = {} # name of the kind -> RunKind
-_HOME = dict(classifier='mctformer_nb.baselines', affinitynet='mctformer_nb.affinitynet', deeplab='mctformer_nb.deeplab')
+_HOME = dict(classifier='mctformer_nb.baselines', affinitynet='mctformer_nb.affinitynet',
+             deeplab='mctformer_nb.deeplab')
 
 def run_kind(
     name:str, # of the kind
@@ -109,10 +114,11 @@ def run_kind(
 ) -> RunKind:
     "The kind of that name. Raises `DataError`."
     if name not in RUN_KINDS and name in _HOME: importlib.import_module(_HOME[name])      # registers itself
-    need(name in RUN_KINDS, file, f'is the run of another network ({name})', f'Give a run of: {", ".join(sorted({*RUN_KINDS, *_HOME}))}')
+    need(name in RUN_KINDS, file, f'is the run of another network ({name})',
+         f'Give a run of: {", ".join(sorted({*RUN_KINDS, *_HOME}))}')
     return RUN_KINDS[name]
 
-# %% ../nbs/07_runs.ipynb #2aa36b83
+# %% ../nbs/07_runs.ipynb #43b72c80
 def check_config(
     file:str|Path, # config.json, for the message
     cfg:object, # its content
@@ -127,11 +133,12 @@ def check_config(
     wrong = [k for k,t in fields.items() if not isinstance(cfg[k], t) or not possible(cfg[k])]
     need(not wrong, file, f'{wrong and wrong[0]} is {str(wrong and cfg[wrong[0]])[:40]!r}', by_hand)
     args = cfg.get('backbone_args', {})
-    odd = [k for k,v in args.items() if 'pretrained' in k or 'checkpoint' in k or not possible(v)] if isinstance(args, dict) else [str(args)[:40]]
+    odd = [k for k,v in args.items() if 'pretrained' in k or 'checkpoint' in k or not possible(v)] if isinstance(args,
+            dict) else [str(args)[:40]]
     need(not odd, file, f'backbone_args hold {", ".join(odd)}, which no run writes', by_hand)
     return cfg
 
-# %% ../nbs/07_runs.ipynb #ac73c5b1
+# %% ../nbs/07_runs.ipynb #1a761b09
 def save_run(
     model:nn.Module, # with `run_kind` and `config`
     folder:str|Path, # run folder, made if needed
@@ -146,11 +153,12 @@ def save_run(
         if cfg.get('classes') is None: cfg['classes'] = [f'class {i}' for i in range(n)]
         named = len(cfg['classes'])
         need(named == n, folder, f'{named} class names for {n} classes', 'Give one name per class')
-    with atomic_path(folder/'model.safetensors') as tmp: save_file({k: v.contiguous() for k,v in model.state_dict().items()}, tmp)
+    with atomic_path(folder/'model.safetensors') as tmp: save_file({k: v.contiguous() for k,
+                                                                    v in model.state_dict().items()}, tmp)
     write_json(folder/'config.json', cfg)
     return cfg
 
-# %% ../nbs/07_runs.ipynb #6f90f1d2
+# %% ../nbs/07_runs.ipynb #3440952c
 def load_run(
     folder:str|Path, # run folder
     backbone:nn.Module=None, # only for a backbone of your own
@@ -167,16 +175,18 @@ def load_run(
     how = run_kind(found, file)
     check_config(file, cfg, **how.fields)
     n = cfg.get('num_classes')
-    need(num_classes in (None, n), file, f'a model for {n} classes, {num_classes} wanted', 'Use the run of the same data set')
+    need(num_classes in (None, n), file, f'a model for {n} classes, {num_classes} wanted',
+         'Use the run of the same data set')
     own = cfg.get('backbone') == 'custom' and backbone is None
     need(not own, file, 'the backbone was a module of your own', 'Load it again with backbone=... and one like it')
     try: model = how.build(cfg, backbone)
     except DataError: raise
     except Exception as e:
-        raise DataError(file, f'does not describe a model ({type(e).__name__}: {str(e)[:100]})', 'Was it changed by hand? Then train again') from e
+        raise DataError(file, f'does not describe a model ({type(e).__name__}: {str(e)[:100]})',
+                        'Was it changed by hand? Then train again') from e
     return load_weights(model, file.with_name('model.safetensors'), cfg).eval(), cfg
 
-# %% ../nbs/07_runs.ipynb #d5d2e70a
+# %% ../nbs/07_runs.ipynb #75bfaef9
 def load_weights(
     model:nn.Module, # changed in place
     path:str|Path, # weight file of a model of this package
@@ -189,7 +199,7 @@ def load_weights(
     if cfg is not None: model.input_spec = input_spec(cfg.get('input') or {})
     return model
 
-# %% ../nbs/07_runs.ipynb #6dec71b7
+# %% ../nbs/07_runs.ipynb #14287dfb
 def plain(
     v:object, # value of an option
 ) -> object: # what JSON knows, by name where it cannot be the value itself
@@ -198,7 +208,7 @@ def plain(
     if isinstance(v, (list, tuple)): return [plain(x) for x in v]
     return v if isinstance(v, (int, float, str, type(None))) else str(v) if isinstance(v, Path) else type(v).__name__
 
-# %% ../nbs/07_runs.ipynb #7f9abf9c
+# %% ../nbs/07_runs.ipynb #3bc0da16
 def split_options(
     options:dict, # {name: value}
     *receivers:Callable, # functions and classes (dataclasses too) that take some of them
@@ -206,7 +216,8 @@ def split_options(
     rest:bool=False, # give back what no receiver knows, instead of an error
 ) -> list: # of dicts, one for each receiver: its options, with its defaults; and the rest
     "Options by the function that takes them. Raises `DataError` for an unknown one."
-    takes = [{k: p.default for k,p in inspect.signature(f).parameters.items() if p.default is not p.empty and k not in given} for f in receivers]
+    defaults = lambda f: {k: p.default for k,p in inspect.signature(f).parameters.items() if p.default is not p.empty}
+    takes = [{k: v for k,v in defaults(f).items() if k not in given} for f in receivers]
     known = {k for t in takes for k in t}
     odd = sorted(options.keys()-known)
     need(rest or not odd, f'option {", ".join(odd)}', 'unknown', f'Use {", ".join(sorted(known))}')

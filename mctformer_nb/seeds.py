@@ -52,14 +52,14 @@ def batch_maps(
         out.append([m[:B] + m[B:].flip(-1) if n==2 else m for m in maps])                   # (B,k,h,w) each
     return [list(scales) for scales in zip(*out)]
 
-# %% ../nbs/22_seeds.ipynb #efdd6818
+# %% ../nbs/22_seeds.ipynb #0af93f7d
 def maps_to_photo(
     maps:list, # one a scale: (k,h,w)
     size:tuple, # (H,W) of the photo
 ) -> np.ndarray: # float16 (k,H,W) in [0,1]
     "Maps of all scales enlarged, added, min-max per class. Raises `DataError` for values that are not numbers."
     if not len(maps[0]): return np.zeros((0, *size), np.float16)
-    m = sum(F.interpolate(m[None].float(), size=size, mode='bilinear', align_corners=False)[0] for m in maps)   # (k,H,W)
+    m = sum(F.interpolate(m[None].float(), size=size, mode='bilinear', align_corners=False)[0] for m in maps)  # (k,H,W)
     need(m.isfinite().all(), 'maps', 'hold values that are not numbers', 'Check the model for NaN weights')
     return minmax(m).half().cpu().numpy()
 
@@ -76,7 +76,7 @@ def predict_classes(
     p = p.unflatten(0, (2, len(x))).mean(0).cpu().numpy()                     # (2B,C) -> (B,C)
     return [np.union1d(np.flatnonzero(q >= threshold), q.argmax()).astype(np.int64) for q in p]
 
-# %% ../nbs/22_seeds.ipynb #d5a80a5d
+# %% ../nbs/22_seeds.ipynb #9a17be86
 @dataclass
 class SeedOptions:
     "How seeds are extracted, besides which maps (`localize`) and which views (`Views`)"
@@ -88,7 +88,7 @@ class SeedOptions:
     overwrite:bool=False # write seeds anew that exist
     workers:int=4 # threads that decode and compress
 
-# %% ../nbs/22_seeds.ipynb #568f2d01
+# %% ../nbs/22_seeds.ipynb #12cb3ea2
 def seed_options(
     options:dict, # by name
 ) -> tuple[Views, SeedOptions]:
@@ -106,7 +106,7 @@ def seed_settings(
     how:SeedOptions, # the rest
 ) -> dict: # plain values
     "Everything that decides what is in the files. Raises `DataError` for what cannot be."
-    own = getattr(model, 'kinds', ())                                         # a baseline's maps have no layers, affinity or rule
+    own = getattr(model, 'kinds', ())  # a baseline's maps have no layers, affinity or rule
     usual = own[0] if own else 'attn' if model.variant=='v1' else 'fused'
     maps = dict(dict(kind=None, layers=3, refine=True, rule='reference'), **maps)
     maps['kind'] = maps['kind'] or usual
@@ -115,14 +115,19 @@ def seed_settings(
     views.check()
     C, n = model.num_classes, len(ds.classes)
     need(len(ds), 'seeds', f'the data set {ds.name} has no images', 'Check the split')
-    need(C == n, 'seeds', f'the model has {C} classes, the data set {ds.name} has {n}', 'Use the data that the model was trained for')
-    need(how.labels in ('given', 'predicted'), 'seeds', f'labels {how.labels!r} is unknown', "Choose 'given' or 'predicted'")
-    need(0 <= how.label_threshold <= 1, 'seeds', f'label threshold {how.label_threshold} is not a probability', 'Choose 0 to 1')
+    need(C == n, 'seeds', f'the model has {C} classes, the data set {ds.name} has {n}',
+         'Use the data that the model was trained for')
+    need(how.labels in ('given', 'predicted'), 'seeds', f'labels {how.labels!r} is unknown',
+         "Choose 'given' or 'predicted'")
+    need(0 <= how.label_threshold <= 1, 'seeds', f'label threshold {how.label_threshold} is not a probability',
+         'Choose 0 to 1')
     threshold = how.label_threshold if how.labels=='predicted' else None
-    usual = Views()                                                           # what came later is noted only where it differs
+    usual = Views()  # what came later is noted only where it differs
     later = {k: v for k,v in dict(fit=views.fit, longest=views.longest).items() if v != getattr(usual, k)}
-    return dict(maps, refine=bool(maps['refine']), scales=[float(s) for s in views.scales], flip=bool(views.flip), image_size=views.image_size,
-                labels=how.labels, label_threshold=threshold, score=model.score, precision=None if how.precision=='float32' else how.precision,
+    return dict(maps, refine=bool(maps['refine']), scales=[float(s) for s in views.scales], flip=bool(views.flip),
+                image_size=views.image_size,
+                labels=how.labels, label_threshold=threshold, score=model.score,
+                precision=None if how.precision=='float32' else how.precision,
                 classes=list(ds.classes), model=weights_digest(model), **later)
 
 # %% ../nbs/22_seeds.ipynb #6adbc90a
@@ -130,23 +135,26 @@ def extract_kinds(
     model:torch.nn.Module, # `MCTformer` or a baseline, moved to the device
     ds:'Dataset', # images and their labels
     wanted:dict, # {folder: dict of kind, layers, refine, rule of `extract_seeds`}, its defaults for what is not there
-    **options, # of `Views` (scales, flip, image_size, ...) and `SeedOptions` (labels, batch_size, device, ...), the same for all
+    **options, # of `Views` (scales, flip, image_size, ...) and `SeedOptions` (labels, batch_size, device, ...)
 ) -> dict: # {folder: what `extract_seeds` reports}
     "Seeds of several kinds of maps from one pass over the photos. Raises `DataError` as `extract_seeds` does."
     need(wanted, 'seeds', 'no kind of map is wanted', 'Give at least one folder')
     views, how = seed_options(options)
-    outs = [Output(f, seed_settings(model, ds, maps, views, how), '_seeds.json', what='seeds') for f,maps in wanted.items()]
+    outs = [Output(f, seed_settings(model, ds, maps, views, how), '_seeds.json', what='seeds') for f,
+            maps in wanted.items()]
     kinds = [{k: out.settings[k] for k in ('kind', 'layers', 'refine', 'rule')} for out in outs]
     patch, spec, device = model.patch_size, input_spec(model), torch.device(local_device(how.device))
     batches, bad = plan_batches(ds, patch, views, max(1, how.batch_size))
     def read(id):
         image = ds.image(id)
         x, planned = photo_views(image, patch, views, spec), view_sizes(ds.size(id), patch, views)
-        need(all(v.shape[-2:] == s for v,s in zip(x, planned)), id, f'the photo is {image.size}, its header says otherwise', 'Save it again')
+        need(all(v.shape[-2:] == s for v,s in zip(x, planned)), id,
+             f'the photo is {image.size}, its header says otherwise', 'Save it again')
         return AttrDict(x=x, size=image.size[::-1], classes=ds.labels(id) if how.labels=='given' else None)
     def compute(photos):
-        x = [torch.stack(v).to(device) for v in zip(*(p.x for p in photos))]                  # one a scale: (B,1 or 2,3,h,w)
-        classes = [p.classes for p in photos] if how.labels=='given' else predict_classes(net, x[0][:, 0], how.label_threshold)
+        x = [torch.stack(v).to(device) for v in zip(*(p.x for p in photos))]  # one a scale: (B,1 or 2,3,h,w)
+        classes = [p.classes for p in photos] if how.labels=='given' else predict_classes(net, x[0][:, 0],
+                how.label_threshold)
         every = sorted({int(c) for cs in classes for c in cs})
         maps = batch_maps(net, x, every, kinds) if every else [[x[0].new_zeros(len(photos), 0, 1, 1)] for _ in kinds]
         rows = [[every.index(c) for c in cs] for cs in classes]                               # (B,k,h,w) -> (k_j,h,w):
@@ -165,14 +173,15 @@ def extract_seeds(
     model:torch.nn.Module, # `MCTformer` or a baseline, moved to the device
     ds:'Dataset', # images and their labels
     out:str|Path, # folder of seed files
-    kind:str=None, # 'attn' | 'patchcam' | 'fused'; default fused for V2, attn for V1, the first of its `kinds` for a baseline
+    kind:str=None, # 'attn' | 'patchcam' | 'fused'; default fused for V2, attn for V1, of a baseline its first
     layers:int=3, # fused layers K (paper: 3; None: all)
     refine:bool=True, # affinity refinement (Eq. 3, 7)
     rule:str='reference', # reading of the formulas, see `localize`
     **options, # of `Views` (scales, flip, image_size, ...) and `SeedOptions` (labels, batch_size, device, ...)
 ) -> AttrDict: # folder; written, skipped, empty: counts; bad: [(id, problem)]; seconds
-    "Write one seed file an image. Existing ones are skipped, unreadable photos listed; `DataError` for what cannot work at all"
-    return extract_kinds(model, ds, {out: dict(kind=kind, layers=layers, refine=refine, rule=rule)}, **options)[str(out)]
+    "Write one seed file an image: existing ones are skipped, unreadable photos listed. Raises `DataError`."
+    return extract_kinds(model, ds, {out: dict(kind=kind, layers=layers, refine=refine, rule=rule)},
+                         **options)[str(out)]
 
 # %% ../nbs/22_seeds.ipynb #26c6b77c
 def show_seeds(
@@ -188,7 +197,8 @@ def show_seeds(
     need(ids, folder, f'holds no seed of {ds.name}', 'Write them with mct_seeds, or check split and folder')
     seeds = [load_seed(Path(folder)/f'{i}.npz') for i in ids]
     cols = 1 + max(1, *(len(c) for c,_ in seeds))
-    fig, axs = plt.subplots(len(ids), cols, figsize=(1.6*cols, 1.5*len(ids)), dpi=72, squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(len(ids), cols, figsize=(1.6*cols, 1.5*len(ids)), dpi=72, squeeze=False,
+                            layout='constrained')
     for ax in axs.flat: ax.axis('off')
     for row,i,(classes,maps) in zip(axs, ids, seeds):
         for ax,title in zip(row, [i, *(ds.classes[c] for c in classes)]):

@@ -6,7 +6,7 @@
 __all__ = ['Output', 'sweep_folder', 'claim_folder', 'prefetch', 'cores', 'follow_parent', 'writers', 'attempt', 'compute_batch',
            'Work', 'read_batch', 'collect', 'run_batches', 'run_stage']
 
-# %% ../nbs/05_stage.ipynb #73b1415c
+# %% ../nbs/05_stage.ipynb #d0eb1fdf
 import os, shutil, signal, threading, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +23,7 @@ from .artifacts import is_complete
 from .core import DataError, describe_error, folder_lock, need, progress, read_json, write_json
 from .ranks import connected, env_int, first_alone, joined, may_overwrite, my_part, rank
 
-# %% ../nbs/05_stage.ipynb #1bfc1075
+# %% ../nbs/05_stage.ipynb #40e97459
 @dataclass
 class Output:
     "A folder that a stage fills: one file an image, and a note of the settings behind them"
@@ -35,7 +35,7 @@ class Output:
     complete:Callable=is_complete # path -> is this image done?
     def path(self, id): return Path(self.folder)/f'{id}{self.suffix}'
 
-# %% ../nbs/05_stage.ipynb #817d46e5
+# %% ../nbs/05_stage.ipynb #3ac27c18
 def sweep_folder(
     folder:str|Path, # to clean
     age:float=60, # seconds; where another process is at work, younger ones may belong to it
@@ -51,7 +51,7 @@ def sweep_folder(
         with folder_lock(folder, wait=0): sweep(-1)         # nobody else is here
     except DataError: sweep(age)
 
-# %% ../nbs/05_stage.ipynb #38b521c5
+# %% ../nbs/05_stage.ipynb #576bfeb8
 def claim_folder(
     out:Output, # the folder, and what its files will be
     ids:list, # images of this run
@@ -61,8 +61,10 @@ def claim_folder(
     folder, mine = Path(out.folder), [out.path(id) for id in ids]
     note = folder/out.note
     old = read_json(note) if note.exists() else None
-    need(old is None or isinstance(old, dict), note, 'is not a list of settings', 'Choose another folder, or delete this one')
-    differ = [f'{k} was {old.get(k)}, now {v}' for k,v in out.settings.items() if old.get(k)!=v] if old is not None else []
+    need(old is None or isinstance(old, dict), note, 'is not a list of settings',
+         'Choose another folder, or delete this one')
+    differ = [f'{k} was {old.get(k)}, now {v}' for k,
+              v in out.settings.items() if old.get(k)!=v] if old is not None else []
     orphan = old is None and any(p.exists() for p in mine)
     fits = overwrite or not (differ or orphan)
     need(fits, folder, f'holds {out.what} of another run ({"; ".join(differ) or f"without {out.note}"})',
@@ -71,7 +73,7 @@ def claim_folder(
         for p in (set(folder.rglob(f'*{out.suffix}')) if differ else set()) | set(mine): p.unlink(missing_ok=True)
     write_json(note, out.settings)
 
-# %% ../nbs/05_stage.ipynb #e793f5ad
+# %% ../nbs/05_stage.ipynb #f0d596e8
 def prefetch(
     pool:ThreadPoolExecutor, # does the work
     function:Callable, # of one item
@@ -85,13 +87,13 @@ def prefetch(
         if len(queue) > n: yield queue.popleft().result()
     while queue: yield queue.popleft().result()
 
-# %% ../nbs/05_stage.ipynb #37c51b31
+# %% ../nbs/05_stage.ipynb #8110d78c
 def cores() -> int:
     "Cores that this process may use"
     n = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return max(1, n//env_int('LOCAL_WORLD_SIZE', 1))         # torchrun tells how many processes share the machine
 
-# %% ../nbs/05_stage.ipynb #7f5aea49
+# %% ../nbs/05_stage.ipynb #2330bff4
 def follow_parent(
     parent:int, # process id
 ):
@@ -102,7 +104,7 @@ def follow_parent(
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/05_stage.ipynb #0526883e
+# %% ../nbs/05_stage.ipynb #05722a45
 @contextmanager
 def writers(
     threads:int=4, # that write
@@ -127,7 +129,7 @@ def writers(
         for f in waiting: f.cancel()
         pool.shutdown(wait=True)
 
-# %% ../nbs/05_stage.ipynb #c9502daf
+# %% ../nbs/05_stage.ipynb #ee639a46
 def attempt(
     function:Callable, # of `args`
     *args, # for it
@@ -137,7 +139,7 @@ def attempt(
     try: return function(*args)
     except errors as e: return e
 
-# %% ../nbs/05_stage.ipynb #dfa259b0
+# %% ../nbs/05_stage.ipynb #9139a92c
 def compute_batch(
     compute:Callable, # [item] -> [result]
     items:list, # of images
@@ -146,10 +148,11 @@ def compute_batch(
     got = attempt(compute, items)
     if not isinstance(got, Exception): return got
     if len(items)>1: return [r for it in items for r in compute_batch(compute, [it])]
-    full = DataError('photo', 'needs more memory than the device has', 'Pass image_size (--image-size), or window (--window)')
+    full = DataError('photo', 'needs more memory than the device has',
+                     'Pass image_size (--image-size), or window (--window)')
     return [full if isinstance(got, torch.OutOfMemoryError) else got]
 
-# %% ../nbs/05_stage.ipynb #c2732996
+# %% ../nbs/05_stage.ipynb #0b6f872b
 @dataclass
 class Work:
     "How the work of a stage is done: nothing here changes what is in the files"
@@ -160,7 +163,7 @@ class Work:
     bad:tuple=() # (id, problem) known before
     desc:str='images' # beside the progress bar
 
-# %% ../nbs/05_stage.ipynb #4534c3ca
+# %% ../nbs/05_stage.ipynb #03335561
 def read_batch(
     read:Callable, # id -> item
     outs:list, # of Output
@@ -171,7 +174,7 @@ def read_batch(
     if not any(lacking.values()): return lacking, []
     return lacking, [(id, attempt(read, id, errors=Exception)) for id in batch]
 
-# %% ../nbs/05_stage.ipynb #d3737d82
+# %% ../nbs/05_stage.ipynb #c35bdde1
 def collect(
     jobs:deque, # of (report, id, Future)
     most:int=0, # that may be left
@@ -181,7 +184,8 @@ def collect(
         report, id, job = jobs.popleft()
         try: n = attempt(job.result)
         except BrokenProcessPool as e: n = e
-        need(not isinstance(n, BrokenProcessPool), 'worker processes', f'one ended early, perhaps for lack of memory ({n})',
+        need(not isinstance(n, BrokenProcessPool), 'worker processes',
+             f'one ended early, perhaps for lack of memory ({n})',
              'Use fewer workers, or workers=1; what is written is kept')
         if isinstance(n, Exception):
             report.bad.append((id, describe_error(n)))
@@ -189,7 +193,7 @@ def collect(
         report.written += 1
         report.empty += n==0
 
-# %% ../nbs/05_stage.ipynb #1e0d6fa3
+# %% ../nbs/05_stage.ipynb #f9585b35
 def run_batches(
     outs:list, # of Output, claimed
     batches:list, # [[id]], those of this process
@@ -216,16 +220,16 @@ def run_batches(
         collect(jobs)
     return reports
 
-# %% ../nbs/05_stage.ipynb #8dc89871
+# %% ../nbs/05_stage.ipynb #bdfc2fb8
 def run_stage(
     outs:Output|list, # folder to fill, or several that are filled from one pass
     ids:list, # images
     read:Callable, # id -> item; called by threads, ahead of time
     write:Callable, # (path, result) -> number of classes in the file, or None; called by threads or processes
-    compute:Callable=None, # [item] -> [result], in this thread, a batch at a time; for several outputs each result holds one for each
+    compute:Callable=None, # [item] -> [result], in this thread, by batches; each result holds one for each of several outputs
     work:Work=None, # how; default `Work()`
-) -> AttrDict|list: # folder; written, skipped, empty: counts; bad: [(id, problem)]; seconds. A list of them for several outputs
-    "Read, compute, write every image. Existing files are skipped, unusable images listed; `DataError` for what cannot work at all"
+) -> AttrDict|list: # folder; written, skipped, empty: counts; bad: [(id, problem)]; seconds. A list for several outputs
+    "Read, compute, write every image: existing files are skipped, unusable images listed. Raises `DataError`."
     start, work, several = time.time(), work or Work(), isinstance(outs, list)
     many = outs if several else [outs]
     def results(items):

@@ -6,24 +6,26 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'InputSpec', 'input_spec', 'view_size', 'rgb_tensor', 'to_input', 'Views',
            'view_sizes', 'photo_views']
 
-# %% ../nbs/06_views.ipynb #4e0244e0
+# %% ../nbs/06_views.ipynb #0860ff71
 from dataclasses import dataclass
 import numpy as np, torch
 from PIL import Image
 from torch import Tensor
 from .core import need
 
-# %% ../nbs/06_views.ipynb #c3d7c72a
+# %% ../nbs/06_views.ipynb #31c58815
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 
-# %% ../nbs/06_views.ipynb #da6570fc
+# %% ../nbs/06_views.ipynb #7d8cf0bd
 @dataclass(frozen=True)
 class InputSpec:
     "What a network wants its photos to be: `(rgb - mean) / std` of values in [0, 1]"
     mean:tuple=IMAGENET_MEAN # of the three colours
     std:tuple=IMAGENET_STD # likewise
     interpolation:str='bicubic' # of resizing: 'bicubic' or 'bilinear'
-    def tensors(self, like): return (torch.tensor(v, dtype=like.dtype, device=like.device).view(3, 1, 1) for v in (self.mean, self.std))
+    def tensors(self,
+                like): return (torch.tensor(v, dtype=like.dtype, device=like.device).view(3, 1, 1) for v in (self.mean,
+                        self.std))
     def normalise(self, rgb): # (...,3,H,W) in [0,1] -> the network's input
         mean, std = self.tensors(rgb)
         return (rgb-mean)/std
@@ -31,7 +33,7 @@ class InputSpec:
         mean, std = self.tensors(x)
         return x*std+mean
 
-# %% ../nbs/06_views.ipynb #565ad28e
+# %% ../nbs/06_views.ipynb #d2766a67
 def input_spec(
     source:object, # a network with `input_spec` or timm's `pretrained_cfg`, such a dict, or the configuration of a run
 ) -> InputSpec:
@@ -40,9 +42,10 @@ def input_spec(
     cfg = source if isinstance(source, dict) else getattr(source, 'pretrained_cfg', None) or {}
     get = lambda k, default: cfg.get(k) or default
     how = get('interpolation', 'bicubic')
-    return InputSpec(tuple(get('mean', IMAGENET_MEAN)), tuple(get('std', IMAGENET_STD)), how if how in ('bicubic', 'bilinear') else 'bicubic')
+    return InputSpec(tuple(get('mean', IMAGENET_MEAN)), tuple(get('std', IMAGENET_STD)),
+                     how if how in ('bicubic', 'bilinear') else 'bicubic')
 
-# %% ../nbs/06_views.ipynb #85c38cf6
+# %% ../nbs/06_views.ipynb #b7aa4090
 def view_size(
     size:tuple, # (W,H) of the photo
     patch:int, # patch size
@@ -52,7 +55,7 @@ def view_size(
     f = 1 if side is None else side/min(size)
     return tuple(max(patch, round(s*f/patch)*patch) for s in size[::-1])           # (W,H) -> (h,w)
 
-# %% ../nbs/06_views.ipynb #ad755b5a
+# %% ../nbs/06_views.ipynb #fb00c763
 def rgb_tensor(
     image:Image.Image, # photo
 ) -> Tensor: # float32 (3,H,W) in [0,1]
@@ -60,7 +63,7 @@ def rgb_tensor(
     a = np.array(image.convert('RGB'))                                             # (H,W,3)
     return torch.from_numpy(a).permute(2, 0, 1).float()/255                        # -> (3,H,W)
 
-# %% ../nbs/06_views.ipynb #9daf0502
+# %% ../nbs/06_views.ipynb #3a546f81
 def to_input(
     image:Image.Image, # RGB photo
     patch:int, # patch size; both sides become multiples of it
@@ -72,14 +75,15 @@ def to_input(
     resized = image.convert('RGB').resize((w, h), getattr(Image, spec.interpolation.upper()))
     return spec.normalise(rgb_tensor(resized))[None]
 
-# %% ../nbs/06_views.ipynb #21609ca3
+# %% ../nbs/06_views.ipynb #e672a669
 @dataclass(frozen=True)
 class Views:
     "Which views of a photo a network sees"
     scales:tuple=(1.,) # sizes (reference: 1; MCTformer+: 1, 0.75, 1.25)
     flip:bool=True # the mirror image of every view as well (reference)
     image_size:int=None # shorter side at scale 1 in pixels; default the photo's own (reference)
-    longest:int|None=1024 # longer side at scale 1 to which larger photos are reduced; None: never (reference; VOC and COCO are smaller)
+    # longer side at scale 1 to which larger photos are reduced; None: never (reference; VOC and COCO are smaller)
+    longest:int|None=1024
     fit:str='round' # to whole patches: 'round' resizes to the nearest, 'cut' cuts off what is too much (reference)
     def side(self, size): # (W,H) of a photo -> its shorter side at scale 1
         side = self.image_size or min(size)
@@ -89,11 +93,12 @@ class Views:
         fine = len(self.scales) and all(0 < s <= 8 for s in self.scales)
         need(fine, 'scales', f'{list(self.scales)} are not all above 0 and at most 8', 'Give for example 0.75, 1, 1.25')
         possible = all(v is None or v >= 1 for v in (self.image_size, self.longest))
-        need(possible, 'image size', f'{self.image_size}, longest {self.longest}: not possible', 'Give the shorter side in pixels')
+        need(possible, 'image size', f'{self.image_size}, longest {self.longest}: not possible',
+             'Give the shorter side in pixels')
         need(self.fit in ('round', 'cut'), 'fit', f'{self.fit!r} is unknown', "Choose 'round' or 'cut'")
         return self
 
-# %% ../nbs/06_views.ipynb #4e72fe58
+# %% ../nbs/06_views.ipynb #fc5b4ffa
 def view_sizes(
     size:tuple, # (W,H) of the photo
     patch:int, # patch size
@@ -105,7 +110,7 @@ def view_sizes(
     whole = lambda n, side: max(patch, round(n*side/min(size))//patch*patch)
     return tuple((whole(size[1], side), whole(size[0], side)) for side in sides)
 
-# %% ../nbs/06_views.ipynb #1db4481b
+# %% ../nbs/06_views.ipynb #0d44f207
 def photo_views(
     image:Image.Image, # RGB photo
     patch:int, # patch size
@@ -119,7 +124,8 @@ def photo_views(
         else:
             f = scale*views.side(image.size)/min(image.size)
             large = [max(n, round(s*f)) for n,s in zip((w, h), image.size)]
-            x = spec.normalise(rgb_tensor(image.resize(large, getattr(Image, spec.interpolation.upper()))))[None]  # (1,3,>=h,>=w)
+            # (1,3,>=h,>=w)
+            x = spec.normalise(rgb_tensor(image.resize(large, getattr(Image, spec.interpolation.upper()))))[None]
         mirror = [x.flip(-1)[..., :h, :w]] if views.flip else []
         out.append(torch.cat([x[..., :h, :w], *mirror]))
     return out
