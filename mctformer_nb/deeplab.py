@@ -23,10 +23,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from .backbones import DenseBackbone
-from .core import DataError, need, new_figure, overlay
+from .core import DataError, need, overlay
 from .datasets import Dataset
-from .deeplab_net import DeepLab, LargeFOV, load_segment, mask_key, predict_mask, save_segment, shorter_side
-from .learner import PolySchedule, Precision, data_fingerprint, epoch_loader, fit_run, make_dls, param_groups, seeded
+from .deeplab_net import DeepLab, LargeFOV, load_segment, predict_mask, save_segment, shorter_side, show_pictures
+from .learner import PolySchedule, Precision, data_fingerprint, epoch_loader, fit_run, make_dls, param_groups
+from .learner import seeded
 from .ranks import local_device, rank, rank_mean
 from .runs import plain, split_options
 from .scores import confusion, iou_fp_fn
@@ -47,7 +48,7 @@ def crop_view(
 ) -> tuple: # x float (3,crop,crop), normalised; y uint8 (crop,crop)
     "One view of a photo and its mask; outside the photo x is 0 (the mean colour) and y is 255"
     W,H = (max(1, round(side*scale)) for side in image.size)
-    x0,y0,x1,y1 = max(left, 0), max(top, 0), min(left+crop, W), min(top+crop, H)            # what lies in both, scaled pixels
+    x0,y0,x1,y1 = max(left, 0), max(top, 0), min(left+crop, W), min(top+crop, H)            # what lies in both
     def cut(im, how): # resizes only what is needed
         return im.resize((x1-x0, y1-y0), how, [v*n/m for v,n,m in zip((x0, y0, x1, y1), im.size*2, (W, H)*2)])
     at = slice(y0-top, y1-top), slice(x0-left, x1-left)
@@ -67,7 +68,7 @@ def random_view(
 ) -> tuple: # as `crop_view`
     "A view at a random scale and place, from Python's random numbers"
     scale = random.uniform(*scales)
-    room = [max(1, round(side*scale))-crop for side in image.size]              # negative for a photo smaller than the crop
+    room = [max(1, round(side*scale))-crop for side in image.size]              # negative for a small photo
     left, top = (int(math.copysign(random.randint(0, abs(r)), r)) for r in room)
     return crop_view(image, mask, crop, scale, left, top, random.random()<flip, spec)
 
@@ -91,10 +92,12 @@ def find_masks(
     "Split the photos by whether they have a mask. Raises `DataError` if none has."
     truth = masks in (None, 'ground truth')
     where = f'{ds.name} ({ds.split})' if truth else Path(masks)
-    need(truth or where.is_dir(), where, 'there is no such folder of masks', 'Write masks with mct_masks, or train on the ground truth')
+    there = truth or where.is_dir()
+    need(there, where, 'there is no such folder of masks', 'Write masks with mct_masks, or train on the ground truth')
     files = {id: mask_file(ds, masks, id) for id in ds.ids}
     have = [id for id,f in files.items() if (ds.has_masks if f is None else f.is_file())]
-    need(have, where, f'none of the {len(ds)} images of {ds.name} ({ds.split}) has a mask here', 'Check folder and split')
+    none = f'none of the {len(ds)} images of {ds.name} ({ds.split}) has a mask here'
+    need(have, where, none, 'Check folder and split')
     return have, sorted(set(ds.ids)-set(have))
 
 # %% ../nbs/41_deeplab.ipynb #5ampl3s0
@@ -110,7 +113,8 @@ class Samples:
     def check(self):
         "Itself, or a `DataError`"
         fine = self.crop is None or self.crop>=8 and 0<self.scales[0]<=self.scales[1]
-        need(fine, 'training views', f'crop {self.crop} and scales {self.scales} are not possible', 'Give at least 8 pixels and two scales in order, such as .7 and 1.3')
+        need(fine, 'training views', f'crop {self.crop} and scales {self.scales} are not possible',
+             'Give at least 8 pixels and two scales in order, such as .7 and 1.3')
         return self
 
 # %% ../nbs/41_deeplab.ipynb #7c11590b
@@ -128,9 +132,9 @@ class MaskedPhotos(torch.utils.data.Dataset):
     def __len__(self): return len(self.ids)
     def pair(self, i): # -> photo, mask uint8 at the size it has
         if i in self.memory: return self.memory[i]
-        id, image = self.ids[i], self.ds.image(self.ids[i])
-        truth = self.masks in (None, 'ground truth')
-        mask = self.ds.mask(id) if truth else read_mask_file(Path(self.masks), len(self.ds.classes), id, image.size[::-1])   # (W,H) -> (H,W)
+        ds, id, image = self.ds, self.ids[i], self.ds.image(self.ids[i])
+        if self.masks in (None, 'ground truth'): mask = ds.mask(id)
+        else: mask = read_mask_file(Path(self.masks), len(ds.classes), id, image.size[::-1])          # (W,H) -> (H,W)
         need(mask is not None, id, 'its mask is gone', 'Write it again')
         pair = shorter_side(image, self.how.image_size), mask
         if self.how.cache: self.memory[i] = pair
@@ -143,7 +147,8 @@ class MaskedPhotos(torch.utils.data.Dataset):
             print(f'left out: {e}', file=sys.stderr, flush=True)
             return None
         if self.how.crop is None: return self.spec.normalise(rgb_tensor(image)), torch.from_numpy(mask)
-        with seeded(self.seed, epoch, i): return random_view(image, mask, self.how.crop, self.how.scales, self.how.flip, self.spec)
+        with seeded(self.seed, epoch, i):
+            return random_view(image, mask, self.how.crop, self.how.scales, self.how.flip, self.spec)
 
 # %% ../nbs/41_deeplab.ipynb #cc421898
 def segment_loaders(
@@ -161,9 +166,8 @@ def segment_loaders(
     same = valid is None or list(valid.classes)==list(ds.classes)
     need(same, 'validation data', 'its classes are not those of the training data', 'Use splits of one data set')
     train = epoch_loader(MaskedPhotos(ds, masks, seed, spec, **options), batch_size, workers, seed, True)
-    whole = options | dict(crop=None)
-    rest = None if valid is None else epoch_loader(MaskedPhotos(valid, None, seed, spec, **whole), 1, min(workers, 1), seed, False)
-    return make_dls(train, rest, device)
+    whole = valid and MaskedPhotos(valid, None, seed, spec, **options | dict(crop=None))
+    return make_dls(train, whole and epoch_loader(whole, 1, min(workers, 1), seed, False), device)
 
 # %% ../nbs/41_deeplab.ipynb #3696703e
 def show_batch(
@@ -173,23 +177,15 @@ def show_batch(
 ) -> Figure:
     "Training samples as the network sees them, and with their masks"
     data = dls.train.dataset
-    n = min(n, len(data))
-    fig = new_figure((1.4*n, 3.3), 50)
-    axs = fig.subplots(2, n, squeeze=False)
-    for ax in axs.flat: ax.axis('off')
-    for i,(above,below) in enumerate(axs.T):
+    def column(i):
         x, y = data[i, epoch]
-        photo = (data.spec.denormalise(x).clip(0, 1)*255).round().byte().permute(1, 2, 0).numpy()       # (3,H,W) -> (H,W,3)
-        above.imshow(photo)
-        below.imshow(overlay(photo, y.numpy()))
-        above.set_title(data.ids[i], fontsize=7)
-    mask_key(fig, data.ds.classes)
-    return fig
+        photo = (data.spec.denormalise(x).clip(0, 1)*255).round().byte().permute(1, 2, 0).numpy()     # -> (H,W,3)
+        return {data.ids[i]: photo, 'with mask': overlay(photo, y.numpy())}
+    return show_pictures([column(i) for i in range(min(n, len(data)))], data.ds.classes)
 
 # %% ../nbs/41_deeplab.ipynb #a0013d35
 class SegmentLoss:
-    """Mean cross entropy of logits (B,C+1,h,w) against masks (B,H,W); 0 where everything is ignored.
-    `counted`: pixels of the last call, a mean over the processes"""
+    "Mean cross entropy of logits (B,C+1,h,w) and masks (B,H,W); 0 for masks of 255. `counted`: pixels of the last call"
     def __init__(self,
         at:str='labels', # 'labels': enlarge the logits (reference); 'logits': reduce the masks
     ):
@@ -198,8 +194,9 @@ class SegmentLoss:
     def __call__(self, logits, target):
         logits = logits.float()
         if self.at=='labels': logits = F.interpolate(logits, target.shape[-2:], mode='bilinear', align_corners=False)
-        else: target = F.interpolate(target[:, None].float(), logits.shape[-2:], mode='nearest-exact')[:, 0]   # (B,1,H,W) -> (B,h,w)
-        self.counted = rank_mean((target!=255).sum()) if logits.requires_grad else (target!=255).sum()
+        else: target = F.interpolate(target[:, None].float(), logits.shape[-2:], mode='nearest-exact')[:, 0] # (B,h,w)
+        counted = (target!=255).sum()
+        self.counted = rank_mean(counted) if logits.requires_grad else counted
         return F.cross_entropy(logits, target.long(), ignore_index=255, reduction='sum')/self.counted.clamp(min=1)
 
 # %% ../nbs/41_deeplab.ipynb #765e21af
@@ -214,8 +211,8 @@ class MeanIoU(Metric):
     def reset(self): self.conf = np.zeros((self.n, self.n), np.int64)
     def accumulate(self, learn):
         target = learn.yb[0]
-        pred = F.interpolate(learn.pred.float(), target.shape[-2:], mode='bilinear', align_corners=False).argmax(1)    # (B,C+1,h,w) -> (B,H,W)
-        self.conf += confusion(pred.cpu().numpy(), target.cpu().numpy(), self.n)
+        logits = F.interpolate(learn.pred.float(), target.shape[-2:], mode='bilinear', align_corners=False)
+        self.conf += confusion(logits.argmax(1).cpu().numpy(), target.cpu().numpy(), self.n)             # (B,H,W) both
     @property
     def per_class(self): return iou_fp_fn(self.conf)['iou']                     # (C+1,)
     @property
@@ -225,7 +222,7 @@ class MeanIoU(Metric):
 
 # %% ../nbs/41_deeplab.ipynb #944df64c
 class PixelAccumulation(GradientAccumulation):
-    "Gradients of `n` batches, weighted by the pixels that their losses counted, before each step; what is left of an epoch is dropped"
+    "Gradients of `n` batches a step, weighted by the pixels that count; what is left at the end of an epoch is dropped"
     def __init__(self,
         n:int, # batches a step
     ): self.n = n
@@ -249,7 +246,7 @@ class SegmentRecipe:
     "Optimiser and schedule of a segmentation network; what is not given is as in the published run"
     make:type=torch.optim.SGD # class of the optimiser
     lr:float=7e-4 # of the backbone (reference)
-    momentum:float=1e-5 # of SGD (reference: the weight decay, in the place of the momentum)
+    momentum:float=1e-5 # of SGD (reference: the weight decay, in the momentum's place)
     weight_decay:float=0. # not of biases and norms (reference: none, see the note)
     head_mult:float=10. # factor on the rate for the head (reference)
     lr_mult:dict=None # more factors {prefix of parameter names: factor}, see `param_groups`; 0 freezes
@@ -286,15 +283,15 @@ def segment_learner(
     "fastai `Learner` with the recipe of that name. Raises `DataError`."
     r, n = segment_recipe(optimizer, **options), len(dls.train)
     need(1<=accumulate<=n, 'training', f'{accumulate} batches a step, but an epoch has {n}', 'Accumulate fewer batches')
-    if r.frozen: next(m for m in model.backbone.modules() if isinstance(m, nn.Conv2d)).requires_grad_(False)     # conv1a
+    if r.frozen: next(m for m in model.backbone.modules() if isinstance(m, nn.Conv2d)).requires_grad_(False) # conv1a
     groups = param_groups(model, r.weight_decay, {'head': r.head_mult, **(r.lr_mult or {})})
     momentum = dict(momentum=r.momentum) if r.make is torch.optim.SGD else {}
-    def opt_func(params, lr): return OptimWrapper(opt=r.make(groups, lr=lr, **momentum))    # the groups replace fastai's splitter
-    model.to(dls.device, memory_format=torch.channels_last)                    # a third less time for a convolutional backbone on a CPU
+    def opt_func(params, lr): return OptimWrapper(opt=r.make(groups, lr=lr, **momentum))    # not fastai's splitter
+    model.to(dls.device, memory_format=torch.channels_last)                    # a third less time for a CNN on a CPU
     amp = r.amp or ('fp16' if dls.device.type=='cuda' else 'off')
     half, several = [] if amp=='off' else [Precision(amp)], [PixelAccumulation(accumulate)] if accumulate>1 else []
-    return Learner(dls, model, SegmentLoss(loss_at), opt_func=opt_func, lr=r.lr, metrics=MeanIoU(model.num_classes),
-                   cbs=[PolySchedule(r.power), *half, *several, *cbs])
+    cbs, metric = [PolySchedule(r.power), *half, *several, *cbs], MeanIoU(model.num_classes)
+    return Learner(dls, model, SegmentLoss(loss_at), opt_func=opt_func, lr=r.lr, metrics=metric, cbs=cbs)
 
 # %% ../nbs/41_deeplab.ipynb #541689a0
 def masks_fingerprint(
@@ -310,7 +307,7 @@ def masks_fingerprint(
 # %% ../nbs/41_deeplab.ipynb #73a168ca
 def segment_options(
     options:dict, # {name: value}
-) -> tuple: # options of `segment_loaders`, `segment_learner`, `DeepLab`, `fit_run`; what decides the result as plain values
+) -> tuple: # for `segment_loaders`, `segment_learner`, `DeepLab`, `fit_run`; what decides the result as plain values
     "The options of `train_segment` by the function that takes them. Raises `DataError` for an unknown one."
     ours = 'valid seed device spec cbs num_classes name pretrained make config best prior'.split()
     takers = Samples, segment_loaders, segment_learner, SegmentRecipe, DeepLab, DenseBackbone, fit_run
@@ -318,7 +315,7 @@ def segment_options(
     learn |= vars(segment_recipe(learn['optimizer'], **{k: options[k] for k in recipe if k in options}))
     net |= {k: options[k] for k in extra if k in options}                       # others keep the backbone's default
     load |= samples
-    no_result = ('workers', 'cache', 'make')                                    # what does not change the weights, or is the optimizer
+    no_result = ('workers', 'cache', 'make')                                    # 'make' is told by the optimizer
     settings = {k: plain(v) for k,v in {**load, **learn, **net}.items() if k not in no_result}
     return load, {k: v for k,v in learn.items() if k!='make'}, net, run, settings
 
@@ -331,15 +328,15 @@ def describe_training(
     data, d = dls.train.dataset, model.config['dilation']
     grid, missing = -(-data.how.crop//model.stride), data.missing
     size = sum(p.numel() for p in model.parameters())/1e6
-    lines = [f'{len(data)} photos with masks, {size:.1f} M parameters on {dls.device}, grid {grid} x {grid}']
-    if missing: lines.append(f'{len(missing)} photos have no mask and are left out: {", ".join(missing[:5])}{" ..."*(len(missing)>5)}')
-    if d>=grid: lines.append(f'dilation {d} reaches beyond the grid, only the middle taps of the head see features; '
-                             f'about {max(1, round(.3*grid))} would fit (--dilation)')
-    return lines
+    some = ', '.join(missing[:5]) + ' ...'*(len(missing)>5)
+    return [f'{len(data)} photos with masks, {size:.1f} M parameters on {dls.device}, grid {grid} x {grid}',
+            *[f'{len(missing)} photos have no mask and are left out: {some}']*bool(missing),
+            *[f'dilation {d} reaches beyond the grid, only the middle taps of the head see features; about '
+              f'{max(1, round(.3*grid))} would fit (--dilation)']*(d>=grid)]
 
 # %% ../nbs/41_deeplab.ipynb #57ecb4fe
 def train_segment(
-    masks:str|Path, # folder of `<id>.png`; None or 'ground truth': the masks of `ds`, for the fully supervised upper bound
+    masks:str|Path, # see `find_masks`; those of `ds` itself give the fully supervised upper bound
     ds:Dataset, # photos to train on
     out:str|Path='runs/deeplab', # run folder
     valid:Dataset=None, # with ground truth, the same classes: loss and mIoU after each epoch, best one kept
@@ -347,7 +344,7 @@ def train_segment(
     pretrained:bool|str|Path=False, # weights of the backbone, see `DeepLab`
     seed:int=0, # of everything random
     device:str=None, # default CUDA if there is one
-    **options, # of `Samples`, `segment_loaders`, `segment_learner`, `SegmentRecipe`, `DeepLab`, `DenseBackbone`; fresh and log of `fit_run`
+    **options, # `Samples`, `segment_loaders`, `segment_learner`, `SegmentRecipe`, `DeepLab`, `DenseBackbone`, `fit_run`
 ) -> Path: # the run folder
     "Train a DeepLab into a run folder, or go on with the run that is there. Raises `DataError`."
     (load, learning, net, run, settings), metric = segment_options(options), []
@@ -375,15 +372,8 @@ def show_results(
     image_size:int=None, # as in training
 ) -> Figure:
     "Columns of photo, ground truth (where there is one) and prediction"
-    items = list(range(len(ds)))[:n] if items is None else list(items)
-    fig = new_figure((1.4*len(items), 4.8), 50)
-    axs = fig.subplots(3, len(items), squeeze=False)
-    model.eval()
-    for i,col in zip(items, axs.T):
+    def column(i):
         image = ds.image(i)
-        for ax,mask in zip(col, (None, ds.mask(i), predict_mask(model, image, image_size))):
-            ax.imshow(image if mask is None else overlay(image, mask))
-            ax.set(xticks=[], yticks=[])
-    for ax,name in zip(axs[:, 0], ('photo', 'truth', 'prediction')): ax.set_ylabel(name, fontsize=8)
-    mask_key(fig, ds.classes)
-    return fig
+        masks = dict(truth=ds.mask(i), prediction=predict_mask(model.eval(), image, image_size))
+        return {ds.id_of(i): image} | {k: overlay(image, m) for k,m in masks.items() if m is not None}
+    return show_pictures([column(i) for i in (range(min(n, len(ds))) if items is None else items)], ds.classes)

@@ -8,22 +8,24 @@ __all__ = ['class_scores', 'packaged_run', 'load_network', 'class_probabilities'
 
 # %% ../nbs/43_predict.ipynb #pr3d0002
 import csv
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import AttrDict
+from PIL import Image
 import mctformer_nb
 from .attention import evaluating
 from .core import atomic_path, need, read_json
 from .crf import SEG_CRF
 from .datasets import Dataset
-from .deeplab_net import device_of, load_segment
+from .deeplab_net import load_segment
 from .mctformer import load_run
 from .ranks import local_device
-from .runs import split_options
+from .runs import plain, split_options, weights_digest
 from .seeds import batch_maps, maps_to_photo
-from .segment import SegmentViews, find_by_network, mask_output, mask_work, photo_dataset, photo_source, read_reduced, side_files, write_mask
-from .stage import attempt, run_stage
+from .segment import MaskFolder, SegmentViews, find_by_network, photo_dataset, photo_source
+from .stage import attempt
 from .views import input_spec, to_input
 try: from mctformer_nb.attention import check_request
 except ImportError: from mctformer_nb.attention import _check_request as check_request
@@ -32,12 +34,13 @@ except ImportError: from mctformer_nb.attention import _check_request as check_r
 def packaged_run() -> Path: # run folder
     "The segmentation network that comes with the package. Raises `DataError` where it does not."
     folder = Path(mctformer_nb.__file__).parent/'data'/'animals'
-    need((folder/'config.json').is_file(), folder, 'this installation holds no network for photos', 'Give a run folder (--run)')
+    there = (folder/'config.json').is_file()
+    need(there, folder, 'this installation holds no network for photos', 'Give a run folder (--run)')
     return folder
 
 # %% ../nbs/43_predict.ipynb #pr3d0009
 def load_network(
-    run:str|Path|tuple|None, # run folder of a segmentation network or a classifier, or (network, class names); None: `packaged_run`
+    run:str|Path|tuple|None, # run folder, or (network, class names); None: `packaged_run`
 ) -> tuple: # network in eval mode, class names, configuration
     "A network that can look at photos. Raises `DataError`."
     if isinstance(run, tuple): return run[0], list(run[1]), {}
@@ -45,7 +48,8 @@ def load_network(
     file = folder/'config.json'
     cfg = read_json(file) if file.is_file() else {}
     kind = cfg.get('kind', 'classifier') if isinstance(cfg, dict) else 'classifier'
-    need(kind in ('classifier', 'deeplab'), run, f'is a run of {kind}', 'Give a run of mct_segment_train, or one of mct_train')
+    fits = kind in ('classifier', 'deeplab')
+    need(fits, run, f'is a run of {kind}', 'Give a run of mct_segment_train, or one of mct_train')
     net, cfg = load_segment(folder) if kind=='deeplab' else load_run(folder)
     return net, list(cfg['classes']), cfg
 
@@ -67,19 +71,19 @@ def find_by_classifier(
     model:torch.nn.Module, # MCTformer or a baseline, in eval mode
     names:list, # of its classes
     how:dict, # image_size, label_threshold, background, maps (of `localize`)
-    item:AttrDict, # of `read_reduced`
-) -> AttrDict: # with labels, rows and scores, for `write_mask`
+    image:Image.Image, # RGB photo
+) -> dict: # labels, rows; scores: the probability of each class
     "What a classifier sees in a photo: a constant background beside the maps of the classes that it predicts"
-    size = item.image.size[::-1]                                                                       # (h,w)
-    x = to_input(item.image, model.patch_size, how['image_size'] or min(size), input_spec(model)).to(device_of(model))
+    size, device = image.size[::-1], next(model.parameters()).device                                   # (h,w)
+    x = to_input(image, model.patch_size, how['image_size'] or min(size), input_spec(model)).to(device) # (1,3,h',w')
     p = class_probabilities(model, x)                                                                  # (C,)
     classes, rows = np.flatnonzero(p >= how['label_threshold']), np.full((1, *size), how['background'], np.float32)
     if len(classes):
-        views = [torch.stack([x, x.flip(-1)], 1)]                                                      # one scale: (1,2,3,h,w)
-        scales = batch_maps(model, views, classes.tolist(), [how['maps']])[0]                          # of the one kind: (1,k,h',w') each
+        views = [torch.stack([x, x.flip(-1)], 1)]                                                      # (1,2,3,h',w')
+        scales = batch_maps(model, views, classes.tolist(), [how['maps']])[0]                          # (1,k,g,g) each
         maps = maps_to_photo([m[0] for m in scales], size)                                             # (k,h,w)
         rows = np.concatenate([rows, maps.astype(np.float32)])                                         # (k+1,h,w)
-    return AttrDict(item, labels=np.append(0, classes+1), rows=rows, scores=dict(zip(names, map(float, p))))
+    return dict(labels=np.append(0, classes+1), rows=rows, scores=dict(zip(names, map(float, p))))
 
 # %% ../nbs/43_predict.ipynb #df3ce143
 def classifier_settings(
@@ -94,76 +98,75 @@ def classifier_settings(
     for name,v in (('label threshold', label_threshold), ('background', background)):
         need(0<=v<=1, name, f'{v} is outside 0 to 1', 'Give a number between them')
     own = getattr(model, 'kinds', ())                                         # a baseline has kinds of its own
-    kind, rule = own[0] if own else 'attn' if model.variant=='v1' else 'fused', 'plus' if cfg.get('reference')=='plus' else 'reference'
+    kind = own[0] if own else 'attn' if model.variant=='v1' else 'fused'
+    rule = 'plus' if cfg.get('reference')=='plus' else 'reference'
     maps = dict(kind=kind, layers=3, refine=True, rule=rule) | (maps or {})
     check_request(model, maps['kind'], maps['layers'], maps['rule'], None)
     return dict(image_size=image_size, label_threshold=float(label_threshold), background=float(background), maps=maps)
 
 # %% ../nbs/43_predict.ipynb #pr3d0015
 def check_sources(
+    folder:MaskFolder, # with scores
     ds:Dataset, # photos
-    folder:str|Path, # of masks
 ):
     "`DataError` if a result has the name of a photo and is that of another one"
     for id in ds.ids:
-        table = side_files(folder, ('scores',), Path(folder)/f'{id}.png')['scores']
-        was, now = table.is_file() and read_json(table).get('photo'), photo_source(ds, id)
-        need(was in (False, None, now), table, f'is the result of {was}, not of {now}', 'Choose another folder, or pass overwrite=True (--overwrite)')
+        table, now = folder.beside(folder.path(id))['scores'], photo_source(ds, id)
+        was = table.is_file() and read_json(table).get('photo') or now
+        fix = 'Choose another folder, or pass overwrite=True (--overwrite)'
+        need(was==now, table, f'is the result of {was}, not of {now}', fix)
 
 # %% ../nbs/43_predict.ipynb #pr3d0016
 def describe_photos(
     ds:Dataset, # photos
     longest:int=None, # see `predict_photos`
-) -> AttrDict: # renamed: {id: file}, reduced: [id], lines: [str]
+) -> tuple: # {id: file} of those that got another name, [id] of those that are reduced
     "What is done to photos besides looking at them"
-    sources, sizes = {id: photo_source(ds, id) for id in ds.ids}, {id: attempt(ds.size, id, errors=Exception) for id in ds.ids}
-    renamed = {id: s for id,s in sources.items() if ds.name=='photos' and Path(s).stem!=id.rsplit('/', 1)[-1]}
-    reduced = [id for id,s in sizes.items() if longest and isinstance(s, tuple) and max(s)>longest]
-    lines = [f'{file}: another photo has this name, its results are called {id}' for id,file in renamed.items()]
-    if reduced: lines.append(f'{len(reduced)} photos are reduced to {longest} pixels for the network (longest), their masks enlarged again: '
-                             f'{", ".join(reduced[:5])}{" ..."*(len(reduced)>5)}')
-    return AttrDict(renamed=renamed, reduced=reduced, lines=lines)
+    files = {id: photo_source(ds, id) for id in ds.ids}
+    sizes = {id: attempt(ds.size, id, errors=Exception) for id in ds.ids if longest}     # or the problem
+    renamed = {id: f for id,f in files.items() if ds.name=='photos' and Path(f).stem!=id.rsplit('/', 1)[-1]}
+    return renamed, [id for id,s in sizes.items() if isinstance(s, tuple) and max(s)>longest]
 
 # %% ../nbs/43_predict.ipynb #pr3d0017
 def write_table(
-    folder:str|Path, # of masks, with `scores/<id>.json`
+    folder:MaskFolder, # with scores
     names:list, # of the classes
-    ids:list, # of photos that are done
+    ids:list, # of photos; those that are not done are left out
 ) -> dict: # {id: {class: probability}}
     "`scores.csv`: a row a photo, a column a class"
-    scores = {id: read_json(Path(folder)/'scores'/f'{id}.json')['scores'] for id in ids}
-    with atomic_path(Path(folder)/'scores.csv') as p, open(p, 'w', newline='', encoding='utf-8') as f:
-        table = csv.writer(f)
-        table.writerow(['photo', *names])
-        table.writerows([id, *(f'{s[n]:.4f}' for n in names)] for id,s in scores.items())
+    tables = {id: folder.beside(folder.path(id))['scores'] for id in ids if folder.complete(folder.path(id))}
+    scores = {id: read_json(f)['scores'] for id,f in tables.items()}
+    with atomic_path(Path(folder.folder)/'scores.csv') as p, open(p, 'w', newline='', encoding='utf-8') as f:
+        rows = ([id, *(f'{s[n]:.4f}' for n in names)] for id,s in scores.items())
+        csv.writer(f).writerows([['photo', *names], *rows])
     return scores
 
 # %% ../nbs/43_predict.ipynb #89fef12f
 def predict_photos(
-    run:str|Path|tuple|None, # run folder of a segmentation network or a classifier, or (network, class names); None: the one in the package
+    run:str|Path|tuple|None, # of a segmentation network or a classifier, see `load_network`
     photos:str|Path|list, # files, a file, or a folder
     out:str|Path, # folder: masks `<id>.png`, `overlays/<id>.jpg`, `scores.csv`
     crf:dict|None=SEG_CRF, # parameters of `dense_crf`; None: no CRF
     longest:int|None=1024, # longer side to which larger photos are reduced; None: never
     overwrite:bool=False, # write masks anew that exist
-    log:callable=partial(print, flush=True), # receives a line on photos that are reduced or renamed
-    **options, # of `SegmentViews` (scales, flip, window, image_size) or `classifier_settings` (maps, label_threshold, background); device; workers
-) -> AttrDict: # folder; written, skipped; bad: [(id, problem)]; renamed, reduced; classes; scores: {id: {class: probability}}; seconds
-    "Mask, overlay and class probabilities of any photos. Unreadable ones are listed; `DataError` for what cannot work at all"
-    views, of_maps, where, work = split_options(options, SegmentViews, classifier_settings, local_device, mask_work, given=('overwrite',))
-    views = SegmentViews(**views).check()
+    log:Callable=partial(print, flush=True), # receives a line about photos that are reduced or get another name
+    **options, # of `SegmentViews` or `classifier_settings`; device; workers, processes for the CRF
+) -> AttrDict: # of `run_stage`; renamed: {id: file}, reduced: [id]; classes, scores: {id: {class: probability}}
+    "Mask, overlay and class probabilities of any photos. Unreadable ones are listed. Raises `DataError`."
+    takers = SegmentViews, classifier_settings, local_device, MaskFolder.fill
+    views, how, device, work = split_options(options, *takers, given=('longest', 'overwrite'))
     net, names, cfg = load_network(run)
-    ds, extras = photo_dataset(photos, names), ('overlays', 'scores')
-    work = mask_work(ds, crf, **work, overwrite=overwrite)
-    if hasattr(net, 'variant'): find, how = find_by_classifier, classifier_settings(net, cfg, **of_maps)
-    else: find, how = find_by_network, vars(views) | dict(image_size=views.image_size or cfg.get('image_size'))
-    output = mask_output(out, '_predict.json', extras, net, names, crf, longest=longest, **how)
-    if not overwrite: check_sources(ds, out)
-    about = describe_photos(ds, longest)
-    for line in about.pop('lines'): log(line)
-    seen = SegmentViews(**how) if find is find_by_network else how
-    def compute(items): return [find(net, names, seen, item) for item in items]
-    read, write = partial(read_reduced, ds, longest), partial(write_mask, out, crf, extras)
-    with evaluating(net.to(local_device(**where))): report = run_stage(output, ds.ids, read, write, compute, work)
-    done = [id for id in ds.ids if output.complete(output.path(id))]
-    return AttrDict(report, **about, classes=names, scores=write_table(out, names, done))
+    ds, look = photo_dataset(photos, names), find_by_classifier
+    if hasattr(net, 'variant'): views = how = classifier_settings(net, cfg, **how)
+    else:
+        views = SegmentViews(**views | dict(image_size=views['image_size'] or cfg.get('image_size'))).check()
+        look, how = find_by_network, vars(views)
+    note = dict(how, longest=longest, crf=plain(crf), classes=names, model=weights_digest(net))
+    folder = MaskFolder(out, note, '_predict.json', crf=crf, extras=('overlays', 'scores'))
+    if not overwrite: check_sources(folder, ds)
+    renamed, reduced = describe_photos(ds, longest)
+    for id,file in renamed.items(): log(f'{file}: another photo has this name, the results are called {id}')
+    if reduced: log(f'{len(reduced)} photos are reduced to {longest} pixels, their masks enlarged again: {reduced[0]} ...')
+    with evaluating(net.to(local_device(**device))):
+        report = folder.fill(ds, partial(look, net, names, views), longest, overwrite=overwrite, **work)
+    return AttrDict(report, renamed=renamed, reduced=reduced, classes=names, scores=write_table(folder, names, ds.ids))

@@ -4,31 +4,30 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'window_slices', 'view_logits', 'SegmentViews', 'scaled_view', 'class_probs', 'present_classes', 'segment',
-           'photo_dataset', 'photo_source', 'read_reduced', 'side_files', 'write_mask', 'mask_output', 'mask_work',
-           'find_by_network', 'segmentation_network', 'segment_dataset', 'show_masks']
+           'photo_dataset', 'MaskFolder', 'photo_source', 'find_by_network', 'segment_dataset', 'show_masks']
 
 # %% ../nbs/42_segment.ipynb #9ac4c685
 import importlib, io
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
-from fastcore.basics import AttrDict
+from fastcore.basics import AttrDict, patch
 from PIL import Image
 from .artifacts import is_complete
 from .attention import evaluating
-from .core import atomic_path, need, new_figure, open_mask, overlay, save_mask, write_json
+from .core import atomic_path, need, open_mask, overlay, save_mask, write_json
 from .crf import SEG_CRF, dense_crf, refined_mask
 from .datasets import Dataset
-from .deeplab_net import device_of, load_segment, mask_key
+from .deeplab_net import load_segment, show_pictures
 from .ranks import local_device
-from .runs import split_options, weights_digest
+from .runs import plain, split_options, weights_digest
 from .stage import Output, Work, cores, run_stage
 from .views import InputSpec, input_spec, rgb_tensor
 try: from mctformer_nb.crf import need_pydensecrf
 except ImportError: from mctformer_nb.crf import _pydensecrf as need_pydensecrf
-try: from mctformer_nb.datasets import find_photos, read_photo, read_photo_size
-except ImportError: from mctformer_nb.datasets import _photo_files as find_photos, _photo as read_photo, _photo_size as read_photo_size
+from .datasets import _photo as read_photo, _photo_files as find_photos, _photo_size as read_photo_size
 
 # %% ../nbs/42_segment.ipynb #5c8b773b
 def window_slices(
@@ -51,7 +50,7 @@ def view_logits(
     h,w = x.shape[-2:]
     def whole(x): return F.interpolate(net(x).float(), x.shape[-2:], mode='bilinear', align_corners=False)
     if window is None or max(h, w)<=window: return whole(x)
-    def ramp(n): return torch.minimum(torch.arange(n), torch.arange(n).flip(0)).float()+1            # (n,) 1 at both ends
+    def ramp(n): return torch.minimum(torch.arange(n), torch.arange(n).flip(0)).float()+1            # (n,)
     total, weights = 0, torch.zeros(h, w, device=x.device)
     for r in window_slices(h, window):
         for c in window_slices(w, window):
@@ -78,8 +77,10 @@ class SegmentViews:
         scales = [float(s) for s in np.atleast_1d(self.scales)]
         fine = scales and all(0<s<=8 for s in scales)
         need(fine, 'scales', f'{scales} are not all above 0 and at most 8', 'Give for example 0.5, 1, 1.5')
-        need(self.window is None or self.window>=32, 'window', f'{self.window} pixels are too few', 'Give at least 32, for example the crop of the training')
-        need(self.image_size is None or self.image_size>=1, 'image size', f'{self.image_size} is not possible', 'Give the shorter side in pixels')
+        enough = self.window is None or self.window>=32
+        need(enough, 'window', f'{self.window} pixels are too few', 'Give at least 32, such as the crop of the training')
+        possible = self.image_size is None or self.image_size>=1
+        need(possible, 'image size', f'{self.image_size} is not possible', 'Give the shorter side in pixels')
         return replace(self, scales=scales, flip=bool(self.flip))
 
 # %% ../nbs/42_segment.ipynb #sc4l3dv0
@@ -103,9 +104,10 @@ def class_probs(
     image_size:int=None, # shorter side at scale 1; default the photo's own
 ) -> torch.Tensor: # (C+1,H,W) at the size of the photo, sums to 1
     "Maximum over all views of the softmax. Raises `DataError` if the network gives values that are not numbers."
-    best, spec, f = None, input_spec(net), (image_size or min(image.size))/min(image.size)
+    best, spec, device = None, input_spec(net), next(net.parameters()).device
+    f = (image_size or min(image.size))/min(image.size)
     for s in scales:
-        x = scaled_view(image, s*f, spec).to(device_of(net))                                          # (1,3,h,w)
+        x = scaled_view(image, s*f, spec).to(device)                                                  # (1,3,h,w)
         for mirror in (False, True) if flip else (False,):
             y = view_logits(net, x.flip(-1) if mirror else x, window)                                 # (1,C+1,h,w)
             y = F.interpolate(y.flip(-1) if mirror else y, image.size[::-1], mode='bilinear', align_corners=False)
@@ -129,13 +131,11 @@ def segment(
     net:torch.nn.Module, # segmentation network, see `load_segment`
     image:Image.Image, # RGB photo
     scales:tuple=SCALES, # reference
-    flip:bool=False, # mirror images too
     crf:bool=True, # dense CRF with `SEG_CRF` (reference)
-    window:int=None, # side of windows for larger views, pixels
-    image_size:int=None, # shorter side at scale 1; default the photo's own
+    **views, # flip, window, image_size of `class_probs`
 ) -> np.ndarray: # float32 (C+1,H,W), background first, sums to 1
     "Probabilities of a photo's pixels. Raises `DataError`."
-    with evaluating(net): probs = class_probs(net, image, scales, flip, window, image_size)
+    with evaluating(net): probs = class_probs(net, image, scales, **views)                            # (C+1,H,W)
     if not crf: return probs.float().cpu().numpy()
     labels, rows = present_classes(probs)
     out = np.zeros(probs.shape, np.float32)
@@ -149,7 +149,8 @@ def photo_dataset(
 ) -> Dataset: # no labels, no masks; the id of a photo is its name without suffix
     "Any photos as a data set; what cannot be read is named in `bad`. Raises `DataError` if there are none."
     one, bad, paths, taken = isinstance(photos, (str, Path)), [], {}, set()
-    need(not one or Path(photos).exists(), photos, 'there is no such file or folder', 'Give photos, a folder of them, or a data set as KIND:PATH')
+    there = not one or Path(photos).exists()
+    need(there, photos, 'there is no such file or folder', 'Give photos, a folder of them, or a data set as KIND:PATH')
     for p in map(Path, [photos] if one else photos):
         for id,file in (find_photos(p, bad) if p.is_dir() else {p.stem: p}).items():
             names = (f'{id}_{n}' if n>1 else id for n in range(1, 10**6))
@@ -160,6 +161,30 @@ def photo_dataset(
     read, size = partial(read_photo, paths), partial(read_photo_size, paths)
     return Dataset('photos', list(classes), list(paths), 'all', read, size, lambda id: (), bad=bad)
 
+# %% ../nbs/42_segment.ipynb #m4skf0ld
+@dataclass
+class MaskFolder(Output):
+    "Masks that the CRF finishes; beside them overlays of the photos, and probabilities of the classes"
+    suffix:str='.png'
+    what:str='masks'
+    crf:dict|None=None # parameters of `dense_crf`; None: no CRF
+    extras:tuple=() # of 'overlays', 'scores'
+    def __post_init__(self): self.complete = self.is_done
+    def beside(self, path): # mask -> {extra: its file}
+        name, suffix = Path(path).relative_to(self.folder), dict(overlays='.jpg', scores='.json')
+        return {e: Path(self.folder)/e/name.with_suffix(suffix[e]) for e in self.extras}
+    def is_done(self, path): return is_complete(path) and all(f.is_file() for f in self.beside(path).values())
+    def write(self, path, found):
+        image, beside = np.asarray(found.image), self.beside(path)                                    # (h,w,3)
+        mask = Image.fromarray(refined_mask(image, found.labels, found.rows, self.crf))               # (h,w)
+        mask = np.asarray(mask.resize(found.size, Image.NEAREST))                                     # (H,W)
+        if 'scores' in beside: write_json(beside['scores'], dict(photo=found.photo, scores=found.scores))
+        if 'overlays' in beside:
+            jpeg = io.BytesIO()                             # PIL does not notice when a disk is full
+            overlay(image, mask).save(jpeg, 'JPEG', quality=90)
+            with atomic_path(beside['overlays']) as p: p.write_bytes(jpeg.getvalue())
+        save_mask(path, mask)                               # last: its presence tells that the photo is done
+
 # %% ../nbs/42_segment.ipynb #s0urc300
 def photo_source(
     ds:Dataset, # photos
@@ -168,98 +193,38 @@ def photo_source(
     "Where a photo is from"
     return str(Path(ds.get_image.args[0][id]).resolve()) if ds.name=='photos' else id
 
-# %% ../nbs/42_segment.ipynb #r34dph0t
-def read_reduced(
+# %% ../nbs/42_segment.ipynb #f1llm4sk
+@patch
+def fill(self:MaskFolder,
     ds:Dataset, # photos
-    longest:int|None, # longer side to which larger photos are reduced, pixels; None: never
-    id:str, # of the photo
-) -> AttrDict: # image; size (H,W) of the whole photo; photo: its file, or its id in a data set
-    "What the stage needs of a photo"
-    image = ds.image(id)
-    size, side = image.size[::-1], max(image.size)                                                    # (H,W)
-    if longest and side>longest: image = image.resize([max(1, round(s*longest/side)) for s in image.size], Image.LANCZOS)
-    return AttrDict(image=image, size=size, photo=photo_source(ds, id))
-
-# %% ../nbs/42_segment.ipynb #s1d3f1l3
-def side_files(
-    folder:str|Path, # of the masks
-    extras:tuple, # of 'overlays', 'scores'
-    path:Path, # of a mask in it
-) -> dict: # {extra: its file}
-    "Where the things beside a mask are"
-    suffix, name = dict(overlays='.jpg', scores='.json'), Path(path).relative_to(folder)
-    return {e: Path(folder)/e/name.with_suffix(suffix[e]) for e in extras}
-
-# %% ../nbs/42_segment.ipynb #wr1t3m4s
-def write_mask(
-    folder:str|Path, # of the masks
-    crf:dict|None, # parameters of `dense_crf`; None: no CRF
-    extras:tuple, # of 'overlays', 'scores': what is written beside the mask
-    path:Path, # of the mask
-    found:AttrDict, # image, size, photo of `read_reduced`; labels (k,) (mask values), rows (k,h,w) in [0,1], scores {class: probability}
-):
-    "Finish the mask of a photo: CRF, then the size of the photo; `overlays/<id>.jpg` and `scores/<id>.json` beside it"
-    image = np.asarray(found.image)                                                                   # (h,w,3)
-    mask = Image.fromarray(refined_mask(image, found.labels, found.rows, crf))                     # (h,w)
-    mask = np.asarray(mask.resize(found.size[::-1], Image.NEAREST))                                   # (H,W)
-    beside = side_files(folder, extras, path)
-    if 'scores' in beside: write_json(beside['scores'], dict(photo=found.photo, scores=found.scores))
-    if 'overlays' in beside:
-        jpeg = io.BytesIO()                                 # PIL does not notice when a disk takes only a part of what it writes
-        overlay(image, mask).save(jpeg, 'JPEG', quality=90)
-        with atomic_path(beside['overlays']) as p: p.write_bytes(jpeg.getvalue())
-    save_mask(path, mask)                                   # last: its presence tells that the photo is done
-
-# %% ../nbs/42_segment.ipynb #m4sk0utp
-def mask_output(
-    folder:str|Path, # made if needed
-    note:str, # file name of the settings
-    extras:tuple, # of 'overlays', 'scores'
-    net:torch.nn.Module, # that looks at the photos
-    names:list, # of its classes
-    crf:dict|None, # parameters of `dense_crf`
-    **how, # what else decides the masks
-) -> Output: # for `run_stage`
-    "A folder of masks and all that decides them; a photo is done when everything wanted of it is there"
-    def complete(path): return is_complete(path) and all(f.is_file() for f in side_files(folder, extras, path).values())
-    crf = {k: np.asarray(v).tolist() for k,v in crf.items()} if crf else None
-    settings = dict(how, crf=crf, classes=list(names), model=weights_digest(net))
-    return Output(folder, settings, note, '.png', 'masks', complete)
-
-# %% ../nbs/42_segment.ipynb #m4skw0rk
-def mask_work(
-    ds:Dataset, # photos
-    crf:dict|None, # is there a CRF?
-    workers:int=None, # processes for it, default one a core
+    find:Callable, # image -> dict of labels (k,), rows (k,h,w) in [0,1], scores {class: probability}
+    longest:int=None, # longer side to which larger photos are reduced, pixels; their masks are enlarged again
+    workers:int=None, # processes for the CRF, default one a core
     overwrite:bool=False, # write masks anew that exist
-) -> Work: # for `run_stage`
-    "How masks are written: the CRF in other processes, where there is more than one photo. Raises `DataError` without a CRF."
-    if crf: need_pydensecrf()
-    processes = min(workers or cores(), len(ds)) if crf else 1
-    return Work(processes=processes, overwrite=overwrite, bad=ds.bad, desc='photos')
+) -> AttrDict: # folder; written, skipped: counts; bad: [(id, problem)]; seconds
+    "Write a mask for every photo. Raises `DataError`."
+    if self.crf: need_pydensecrf()
+    def read(id):
+        image = ds.image(id)
+        size, side = image.size, max(image.size)                                                      # (W,H)
+        if longest and side>longest: image = image.resize([max(1, round(s*longest/side)) for s in size], Image.LANCZOS)
+        return AttrDict(image=image, size=size, photo=photo_source(ds, id))
+    def compute(photos): return [AttrDict(p, **find(p.image)) for p in photos]
+    processes = min(workers or cores(), len(ds)) if self.crf else 1
+    work = Work(processes=processes, overwrite=overwrite, bad=ds.bad, desc='photos')
+    return run_stage(self, ds.ids, read, self.write, compute, work)
 
 # %% ../nbs/42_segment.ipynb #l00kd33p
 def find_by_network(
     net:torch.nn.Module, # segmentation network
     names:list, # of its classes
     views:SegmentViews, # of a photo
-    item:AttrDict, # of `read_reduced`
-) -> AttrDict: # with labels, rows and scores, for `write_mask`
-    "What a segmentation network sees in a photo; `scores`: the largest probability of each class"
-    probs = class_probs(net, item.image, **vars(views))                                               # (C+1,h,w)
+    image:Image.Image, # RGB photo
+) -> dict: # labels, rows; scores: the largest probability of each class
+    "What a segmentation network sees in a photo"
+    probs = class_probs(net, image, **vars(views))                                                    # (C+1,h,w)
     labels, rows = present_classes(probs)
-    return AttrDict(item, labels=labels, rows=rows, scores=dict(zip(names, probs[1:].amax((1, 2)).tolist())))
-
-# %% ../nbs/42_segment.ipynb #s3gn3tw0
-def segmentation_network(
-    run:str|Path|tuple, # run folder, or (network, class names)
-) -> tuple: # network, class names, configuration of the run
-    "The network to look with. Raises `DataError`."
-    if not isinstance(run, tuple):
-        net, cfg = load_segment(run)
-        return net, cfg['classes'], cfg
-    need(not hasattr(run[0], 'variant'), 'run', 'is an MCTformer', 'Give a segmentation network; predict_photos (mct_predict) takes both')
-    return run[0], list(run[1]), {}
+    return dict(labels=labels, rows=rows, scores=dict(zip(names, probs[1:].amax((1, 2)).tolist())))
 
 # %% ../nbs/42_segment.ipynb #965a25f2
 def segment_dataset(
@@ -270,22 +235,22 @@ def segment_dataset(
     flip:bool=False, # mirror images too
     crf:dict|None=SEG_CRF, # parameters of `dense_crf`; None: no CRF
     overlays:bool=False, # also `overlays/<id>.jpg`
-    overwrite:bool=False, # write masks anew that exist
-    **options, # window, image_size of `SegmentViews` (default as in training); device; workers of `mask_work`
+    **options, # window, image_size of `SegmentViews` (default as in training); device; workers, overwrite of `fill`
 ) -> AttrDict: # folder; written, skipped: counts; bad: [(id, problem)]; classes; seconds
-    "Write a mask for every photo. Existing ones are skipped, unreadable photos listed; `DataError` for what cannot work at all"
-    how, where, work = split_options(options, SegmentViews, local_device, mask_work, given=('scales', 'flip', 'overwrite'))
-    views = SegmentViews(scales, flip, **how).check()
-    net, names, cfg = segmentation_network(run)
-    views = replace(views, image_size=views.image_size or cfg.get('image_size'))
+    "Write a mask for every photo. Existing ones are skipped, unreadable photos listed. Raises `DataError`."
+    takers, given = (SegmentViews, local_device, MaskFolder.fill), ('scales', 'flip', 'longest')
+    views, device, work = split_options(options, *takers, given=given)
+    views = SegmentViews(scales, flip, **views).check()
+    net, cfg = (run[0], dict(classes=run[1])) if isinstance(run, tuple) else load_segment(run)
+    names, size = list(cfg['classes']), views.image_size or cfg.get('image_size')
     ds = ds if isinstance(ds, Dataset) else photo_dataset(ds, names)
-    some = lambda classes: ', '.join(classes[:3])
-    need(list(ds.classes)==names, ds.name, f'has the classes {some(ds.classes)} ..., the network {some(names)} ...', 'Use the data that the network was trained for')
-    extras, work = ('overlays',)*bool(overlays), mask_work(ds, crf, **work, overwrite=overwrite)
-    output = mask_output(out, '_segment.json', extras, net, names, crf, **vars(views))
-    read, write = partial(read_reduced, ds, None), partial(write_mask, out, crf, extras)
-    def compute(photos): return [find_by_network(net, names, views, p) for p in photos]
-    with evaluating(net.to(local_device(**where))): report = run_stage(output, ds.ids, read, write, compute, work)
+    theirs, ours = ', '.join(ds.classes[:3]), ', '.join(names[:3])
+    need(not hasattr(net, 'variant'), 'run', 'is an MCTformer', 'Give a segmentation network; mct_predict takes both')
+    need(list(ds.classes)==names, ds.name, f'has the classes {theirs} ..., the network {ours} ...', 'Use its own data')
+    how = dict(vars(views), image_size=size, crf=plain(crf), classes=names, model=weights_digest(net))
+    folder = MaskFolder(out, how, '_segment.json', crf=crf, extras=('overlays',)*bool(overlays))
+    with evaluating(net.to(local_device(**device))):
+        report = folder.fill(ds, partial(find_by_network, net, names, replace(views, image_size=size)), **work)
     return AttrDict(report, classes=names)
 
 # %% ../nbs/42_segment.ipynb #cceeb289
@@ -301,22 +266,17 @@ def show_masks(
     ds, folder = ds if isinstance(ds, Dataset) else photo_dataset(ds, classes or ()), Path(folder)
     ids = list(ids) if ids is not None else [i for i in ds.ids if (folder/f'{i}.png').is_file()][:n]
     need(ids, folder, f'holds no mask of {ds.name}', 'Write them with mct_segment, or check split and folder')
-    kinds = ['photo', *['ground truth']*ds.has_masks, 'mask']
-    fig, seen = new_figure((side*len(ids), side*len(kinds)+.4), 72), set()
-    for col,id in zip(fig.subplots(len(kinds), len(ids), squeeze=False).T, ids):
+    seen, columns = set(), []
+    for id in ids:
         image = ds.image(id)
         masks = {'ground truth': ds.mask(id) if ds.has_masks else None, 'mask': open_mask(folder/f'{id}.png', image.size[::-1])}
-        for ax,kind in zip(col, kinds):
-            m = masks.get(kind)
-            ax.imshow(image if m is None else overlay(image, m, .7))
-            ax.axis('off')
-            ax.set_title(id if m is None else kind, fontsize=8)
-            if m is not None: seen |= set(np.unique(m).tolist())-{0, 255}
-    mask_key(fig, classes or ds.classes, sorted(seen))
-    return fig
+        masks = {k: m for k,m in masks.items() if m is not None}
+        seen |= {v for m in masks.values() for v in np.unique(m).tolist()} - {0, 255}
+        columns.append({id: image} | {k: overlay(image, m, .7) for k,m in masks.items()})
+    return show_pictures(columns, classes or ds.classes, sorted(seen), side)
 
 # %% ../nbs/42_segment.ipynb #m0v3d001
 def __getattr__(name):
-    homes = dict(predict_photos='predict', class_scores='predict', class_probabilities='predict', voc_archive='voc_server')
+    homes = dict(predict_photos='predict', class_scores='predict', voc_archive='voc_server')
     if name not in homes: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     return getattr(importlib.import_module(f'mctformer_nb.{homes[name]}'), name)

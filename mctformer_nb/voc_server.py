@@ -23,7 +23,8 @@ def check_submission(
     seen, missing = set(), [i for i in ids if not (Path(masks)/f'{i}.png').is_file()]
     twice = [i for i in ids if i in seen or seen.add(i)]
     need(not twice, masks, f'{", ".join(twice[:1])} is listed more than once', 'List every image once')
-    need(not missing, masks, f'{len(missing)} of {len(ids)} masks are missing ({", ".join(missing[:5])}{" ..."*(len(missing)>5)})', 'Write them with mct_segment')
+    some = ', '.join(missing[:5]) + ' ...'*(len(missing)>5)
+    need(not missing, masks, f'{len(missing)} of {len(ids)} masks are missing ({some})', 'Write them with mct_segment')
 
 # %% ../nbs/44_voc_server.ipynb #v0c00005
 def server_png(
@@ -51,13 +52,15 @@ def voc_archive(
     "Pack masks for the VOC evaluation server, atomically; `DataError` if one is missing or not as it must be"
     ds, ids = ids if isinstance(ids, Dataset) else None, list(getattr(ids, 'ids', ids))
     folder = f'results/VOC2012/Segmentation/{comp}_test_cls'
-    need(comp in ('comp5', 'comp6'), f'competition {comp!r}', 'unknown', "Use 'comp6' (any data) or 'comp5' (VOC's data only)")
-    need(str(out).endswith(('.tar.gz', '.tgz')), out, 'is not the name of a packed archive', 'Give a name that ends in .tar.gz')
+    known, packed = comp in ('comp5', 'comp6'), str(out).endswith(('.tar.gz', '.tgz'))
+    need(known, f'competition {comp!r}', 'unknown', "Use 'comp6' (any data) or 'comp5' (VOC's data only)")
+    need(packed, out, 'is not the name of a packed archive', 'Give a name that ends in .tar.gz')
     check_submission(masks, ids)
     with (atomic_path(out) as p, open(p, 'wb') as f, gzip.GzipFile('', 'wb', fileobj=f, mtime=0) as packed,
           tarfile.open(fileobj=packed, mode='w') as tar):
         for id in progress(ids, 'archive'):
-            png, info = server_png(Path(masks)/f'{id}.png', ds and ds.size(id), num_classes), tarfile.TarInfo(f'{folder}/{id}.png')
-            info.size = len(png)                                              # no date, no owner
+            png = server_png(Path(masks)/f'{id}.png', ds and ds.size(id), num_classes)
+            info = tarfile.TarInfo(f'{folder}/{id}.png')                      # no date, no owner
+            info.size = len(png)
             tar.addfile(info, io.BytesIO(png))
     return AttrDict(path=str(out), images=len(ids), folder=folder)
