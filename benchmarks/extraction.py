@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image
 from _common import Report, by_turns, compare, difference, parser, ratio
-from mctformer_nb.attention import localize, minmax, to_input
+from mctformer_nb.attention import minmax, to_input
 from mctformer_nb.datasets import Dataset
+from mctformer_nb.fast_maps import localize_fast
 from mctformer_nb.mctformer import MCTformer
 from mctformer_nb.mini import draw_scene
 from mctformer_nb.seeds import extract_seeds, load_seed
@@ -65,7 +66,7 @@ def data_set(a, model, report, side):
         ds = photos(d, a.images, side); n = max(1, a.images//a.repeats); parts = [ds.subset(ds.ids[i:i+n]) for i in range(0, n*a.repeats, n)]; turn = dict.fromkeys(('plain', *a.precision), -1)
         def part(k): turn[k] += 1; return parts[turn[k]%len(parts)]
         seeds = lambda p: extract_seeds(model, part(p), f'{d}/{p}', batch_size=a.batch_size, device=a.device, **({} if p=='float32' else dict(precision=p)))
-        for f in (lambda: localize_plain(model, torch.randn(1, 3, 64, 64, device=a.device)), lambda: localize(model, torch.randn(1, 3, 64, 64, device=a.device))):
+        for f in (lambda: localize_plain(model, torch.randn(1, 3, 64, 64, device=a.device)), lambda: localize_fast(model, torch.randn(1, 3, 64, 64, device=a.device))):
             with torch.no_grad(): f()
         got = by_turns({'plain': lambda: extract_plain(model, part('plain'), d, a.device), **{p: (lambda p=p: seeds(p)) for p in a.precision}}, a.repeats, a.device, warm=lambda: None)
         for p in a.precision:
@@ -77,8 +78,8 @@ def data_set(a, model, report, side):
 def one_view(a, model, report, side, plain=True):
     "One photo, one view, two classes"
     x = torch.randn(1, 3, side, side, device=a.device, generator=torch.Generator(a.device).manual_seed(0)); some = [3, 7]; repeats = a.repeats if side<1000 else max(1, a.repeats//2)
-    fs = dict(forward=lambda: model(x), ours=lambda: localize(model, x, classes=some), fused=lambda: localize(model, x, classes=some, attention='fused')) | (dict(plain=lambda: localize_plain(model, x)[:, some]) if plain else {})
-    g = by_turns(fs, repeats, a.device, warm=(lambda: [localize(model, x[..., :64, :64]), localize_plain(model, x[..., :64, :64])]) if side>600 else None)
+    fs = dict(forward=lambda: model(x), ours=lambda: localize_fast(model, x, classes=some), fused=lambda: localize_fast(model, x, classes=some, attention='fused')) | (dict(plain=lambda: localize_plain(model, x)[:, some]) if plain else {})
+    g = by_turns(fs, repeats, a.device, warm=(lambda: [localize_fast(model, x[..., :64, :64]), localize_plain(model, x[..., :64, :64])]) if side>600 else None)
     row = compare(g['plain'], g['ours']) if plain else {'seconds': sorted(g['ours']['cpu'])[repeats//2]}
     row |= {'seconds, fused attention': sorted(g['fused']['cpu'])[repeats//2], 'seconds, forward pass alone': sorted(g['forward']['cpu'])[repeats//2], 'extra MB, fused attention': sorted(g['fused']['mem'])[repeats//2]/2**20}
     if plain: row |= {'times faster if maps cost nothing': ratio(g['plain'], g['forward']), 'largest relative difference': difference(g['plain']['result'], g['ours']['result'])}
@@ -88,7 +89,7 @@ def one_view(a, model, report, side, plain=True):
 def by_classes(a, report, side):
     "How the cost of maps grows with the classes of the model"
     x = torch.randn(1, 3, side, side, device=a.device); models = {n: make_model(a.device, n) for n in (1, 20, 80)}
-    g = by_turns({n: (lambda n=n: localize(models[n], x, classes=[0])) for n in models} | {f'all {n}': (lambda n=n: localize(models[n], x)) for n in models}, a.repeats, a.device)
+    g = by_turns({n: (lambda n=n: localize_fast(models[n], x, classes=[0])) for n in models} | {f'all {n}': (lambda n=n: localize_fast(models[n], x)) for n in models}, a.repeats, a.device)
     for n in models: report.add(f'model of {n} classes, {side} x {side}', {'seconds': sorted(g[n]['cpu'])[a.repeats//2], 'seconds, maps of all classes': sorted(g[f'all {n}']['cpu'])[a.repeats//2]})
 
 def main(a):

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from _common import Report, parser
 from extraction import localize_plain, make_model as extraction_model
-from mctformer_nb.attention import localize
+from mctformer_nb.fast_maps import localize_fast
 from train_step import as_timm, images, make_model, step
 
 KINDS = {'linear layers': ('aten::mm', 'aten::addmm'), 'attention': ('aten::bmm', 'aten::baddbmm', 'aten::_softmax', 'aten::_softmax_backward_data', 'aten::_scaled_dot'), 'GELU': ('aten::gelu',), 'LayerNorm': ('aten::native_layer_norm',),
@@ -45,7 +45,7 @@ def main(a):
     def maps_of(f):
         with torch.no_grad(): return f()
     calls = {f'training step {train} x {train}, batch {a.batch_size}': lambda plain: step(models[plain], opts[plain], x, y, plain, 'off', 'cpu'),
-             f'one view {side} x {side}': lambda plain: maps_of(lambda: localize_plain(maps, view)[:, [3, 7]] if plain else localize(maps, view, classes=[3, 7]))}
+             f'one view {side} x {side}': lambda plain: maps_of(lambda: localize_plain(maps, view)[:, [3, 7]] if plain else localize_fast(maps, view, classes=[3, 7]))}
     for name,f in calls.items():
         for plain in (True, False):
             s = seconds_by_kind(lambda: f(plain)); reached = linear_flops(lambda: f(plain))/max(s['linear layers'], 1e-9)/1e9

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DEMO_MAPS', 'DEMO_RECIPE', 'DEMO_SEEDS', 'DEMO_SECOND', 'paper_miou', 'train_both', 'score_maps', 'score_rows',
-           'figure5', 'run_second_half', 'chain_figure', 'story_figure', 'write_report', 'run_demo']
+           'figure5', 'run_second_half', 'chain_figure', 'story_figure', 'write_report', 'DemoScenes', 'run_demo']
 
 # %% ../nbs/52_demo.ipynb #a8f8b1a9
 import base64, html, time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -24,8 +25,10 @@ from .tables import PAPER
 
 # %% ../nbs/52_demo.ipynb #97a43ed1
 DEMO_MAPS = dict( # name -> variant, kind, refined?, row of Table 5
-    V1_attn=('v1', 'attn', False, 'MCTformer-V1 (Attention)'), V1_attn_affinity=('v1', 'attn', True, 'MCTformer-V1 (Attention + PatchAffinity)'),
-    V2_attn=('v2', 'attn', False, 'MCTformer-V2, its attention alone'), V2_patchcam=('v2', 'patchcam', False, 'MCTformer-V2, its PatchCAM alone'),
+    V1_attn=('v1', 'attn', False, 'MCTformer-V1 (Attention)'),
+    V1_attn_affinity=('v1', 'attn', True, 'MCTformer-V1 (Attention + PatchAffinity)'),
+    V2_attn=('v2', 'attn', False, 'MCTformer-V2, its attention alone'),
+    V2_patchcam=('v2', 'patchcam', False, 'MCTformer-V2, its PatchCAM alone'),
     V2_fused=('v2', 'fused', False, 'MCTformer-V2 (Attention + PatchCAM)'),
     V2_fused_affinity=('v2', 'fused', True, 'MCTformer-V2 (Attention + PatchCAM + PatchAffinity)'))
 
@@ -37,8 +40,9 @@ def paper_miou(
     return PAPER['5']['rows'].get(DEMO_MAPS[name][3], (None,))[0]
 
 # %% ../nbs/52_demo.ipynb #a31fc9b4
-DEMO_RECIPE = dict(backbone='mct_tiny_patch8_96', pretrained=True, batch_size=32, image_size=96, lr=1e-3, warmup_epochs=1, per_step=True, aug='light', valid_aug='squash',
-                   cache=True, lr_mult=dict(blocks=.1, patch_embed=.1, cls_token=5, pos_embed_cls=5))
+DEMO_RECIPE = dict(backbone='mct_tiny_patch8_96', pretrained=True, batch_size=32, image_size=96, lr=1e-3,
+                   warmup_epochs=1, per_step=True, aug='light', valid_aug='squash', cache=True,
+                   lr_mult=dict(blocks=.1, patch_embed=.1, cls_token=5, pos_embed_cls=5))
 
 # %% ../nbs/52_demo.ipynb #de18b566
 def train_both(
@@ -65,9 +69,11 @@ def score_maps(
     device:str=None, # default cuda where there is one
 ) -> dict: # {name of the map: result of `sweep_threshold`}
     "Extract and score all of `DEMO_MAPS`"
-    common = dict(DEMO_SEEDS); layers = common.pop('layers')
+    common = dict(DEMO_SEEDS)
+    layers = common.pop('layers')
     for variant,folder in runs.items():
-        wanted = {Path(out)/name: dict(kind=kind, refine=refine, layers=layers) for name,(v, kind, refine, _) in DEMO_MAPS.items() if v==variant}
+        wanted = {Path(out)/name: dict(kind=kind, refine=refine, layers=layers)
+                  for name,(v, kind, refine, _) in DEMO_MAPS.items() if v==variant}
         extract_kinds(load_run(folder)[0], ds, wanted, device=device, **common)           # one pass for all kinds
     return {name: sweep_threshold(Path(out)/name, ds) for name in DEMO_MAPS}
 
@@ -79,7 +85,8 @@ def score_rows(
     rows = []
     for name,r in results.items():
         i = int(np.argmin(abs(r.thresholds - r.best_threshold)))
-        rows.append(dict(map=name, **{k: round(float(r[k][i]), 2) for k in ('miou','fp','fn')}, threshold=float(r.best_threshold), paper=paper_miou(name)))
+        scores = {k: round(float(r[k][i]), 2) for k in ('miou','fp','fn')}
+        rows.append(dict(map=name, **scores, threshold=float(r.best_threshold), paper=paper_miou(name)))
     return rows
 
 # %% ../nbs/52_demo.ipynb #5e067729
@@ -94,11 +101,14 @@ def figure5(
     axs = fig.subplots(len(some), 2+len(DEMO_MAPS), squeeze=False)
     for i,row in zip(some, axs):
         c, im = int(ds.labels(i)[0]), ds.image(i)
-        row[0].imshow(im); row[0].set_ylabel(ds.classes[c], fontsize=10)
+        row[0].imshow(im)
+        row[0].set_ylabel(ds.classes[c], fontsize=10)
         row[1].imshow(ds.mask(i)==c+1, cmap='gray')
         for ax,name in zip(row[2:], DEMO_MAPS):
             classes,maps = load_seed(Path(seeds)/name/f'{ds.ids[i]}.npz')
-            ax.imshow(im, alpha=.55); ax.imshow(maps[list(classes).index(c)].astype(np.float32), cmap='jet', alpha=.55, vmin=0, vmax=1)
+            m = maps[list(classes).index(c)].astype(np.float32)
+            ax.imshow(im, alpha=.55)
+            ax.imshow(m, cmap='jet', alpha=.55, vmin=0, vmax=1)
     for ax,t in zip(axs[0], ['image', 'ground truth', *DEMO_MAPS]): ax.set_title(t.replace('_', ' '), fontsize=8)
     for ax in axs.flat: ax.set(xticks=[], yticks=[])
     return fig
@@ -126,10 +136,12 @@ def run_second_half(
     out, o = Path(out), options
     extract_seeds(load_run(run)[0], ds, out/'seeds', device=device, **DEMO_SEEDS)
     sweep, walk = sweep_threshold(out/'seeds', ds), dict(o['walk'])
-    m = seeds_to_masks(out/'seeds', ds, out, walk.pop('background'), affinity=dict(o['affinity'], seed=seed), walk=walk, device=device, log=log)
+    affinity, background = dict(o['affinity'], seed=seed), walk.pop('background')
+    m = seeds_to_masks(out/'seeds', ds, out, background, affinity=affinity, walk=walk, device=device, log=log)
     found = [('seed', sweep.best_miou, 'train', 61.7), ('mask', score_masks(m.masks, ds).miou, 'train', 69.1)]
     for name,masks,paper in (('segmentation', m.masks, 71.9), ('segmentation, fully supervised', None, None)):
-        r = masks_to_segmentation(masks, ds, val, out/name.split()[-1], dict(o['train'], seed=seed), o['infer'], device, log)
+        train, folder = dict(o['train'], seed=seed), out/name.split()[-1]
+        r = masks_to_segmentation(masks, ds, val, folder, train, o['infer'], device, log)
         found.append((name, r.miou, 'unseen scenes', paper))
     return [dict(step=n, miou=round(float(v), 2), where=w, paper=p) for n,v,w,p in found]
 
@@ -142,14 +154,16 @@ def chain_figure(
 ) -> Figure:
     "Training scenes with truth and pseudo mask; unseen scenes with truth and what the two networks see"
     out = Path(out); few = [i for i in range(len(ds)) if len(ds.labels(i))>1][:n]
-    rows = [(d, i, [d.mask(i)] + [open_mask(f/f'{d.ids[i]}.png') for f in folders])
-            for d,which,folders in ((ds, few, [out/'masks']), (val, range(min(len(few), len(val))), [out/'segmentation'/'masks', out/'supervised'/'masks'])) for i in which]
+    networks = [out/'segmentation'/'masks', out/'supervised'/'masks']
     fig = new_figure((1.5*len(few), 6*1.55), 72)
-    axs, k = fig.subplots(7, len(few), squeeze=False), len(few)
-    titles = ('training scene', 'ground truth', 'pseudo mask', 'unseen scene', 'ground truth', 'from pseudo masks', 'from true masks')
-    for j,(d,i,masks) in enumerate(rows):
-        column = axs[:3, j] if j<k else axs[3:, j-k]
-        for ax,m in zip(column, [None, *masks]): ax.imshow(d.image(i) if m is None else overlay(d.image(i), m))
+    axs = fig.subplots(7, len(few), squeeze=False)
+    titles = ['training scene', 'ground truth', 'pseudo mask', 'unseen scene', 'ground truth', 'from pseudo masks',
+              'from true masks']
+    unseen = range(min(len(few), len(val)))
+    for d,which,folders,rows in ((ds, few, [out/'masks'], axs[:3]), (val, unseen, networks, axs[3:])):
+        for i,column in zip(which, rows.T):
+            masks = [d.mask(i)] + [open_mask(f/f'{d.ids[i]}.png') for f in folders]
+            for ax,m in zip(column, [None, *masks]): ax.imshow(d.image(i) if m is None else overlay(d.image(i), m))
     for ax,t in zip(axs[:, 0], titles): ax.set_ylabel(t, fontsize=7)
     for ax in axs.flat: ax.set(xticks=[], yticks=[])
     return fig
@@ -162,23 +176,46 @@ def story_figure(
 ) -> Figure:
     "What goes in and what comes out: scene and labels, the map of each label, pseudo mask, ground truth"
     out, some = Path(out), [i for i in range(len(ds)) if len(ds.labels(i))==2][:n]
-    fig = new_figure((11, 2.32*len(some)+.3), 100); axs = fig.subplots(len(some), 5, squeeze=False)
+    fig = new_figure((11, 2.32*len(some)+.3), 100)
+    axs = fig.subplots(len(some), 5, squeeze=False)
     for i,row in zip(some, axs):
-        im, (classes,maps) = ds.image(i), load_seed(out/'seeds'/f'{ds.ids[i]}.npz'); names = [ds.classes[c] for c in classes]
+        im, (classes,maps) = ds.image(i), load_seed(out/'seeds'/f'{ds.ids[i]}.npz')
+        names = [ds.classes[c] for c in classes]
         row[0].imshow(im)
-        for ax,m in zip(row[1:3], maps): ax.imshow(im, alpha=.55); ax.imshow(m.astype(np.float32), cmap='jet', alpha=.5, vmin=0, vmax=1, interpolation='bilinear')
-        for ax,m in zip(row[3:], (open_mask(out/'masks'/f'{ds.ids[i]}.png'), ds.mask(i))): ax.imshow(overlay(im, m))
+        for ax,m in zip(row[1:3], maps.astype(np.float32)):
+            ax.imshow(im, alpha=.55)
+            ax.imshow(m, cmap='jet', alpha=.5, vmin=0, vmax=1, interpolation='bilinear')
+        pseudo = open_mask(out/'masks'/f'{ds.ids[i]}.png')
+        for ax,m in zip(row[3:], (pseudo, ds.mask(i))): ax.imshow(overlay(im, m))
         for ax,t in zip(row, (', '.join(names), *names)): ax.set_xlabel(t, fontsize=13)
-    for ax,t in zip(axs[0], ('image and its labels', 'map of one', 'map of the other', 'pseudo mask', 'ground truth')): ax.set_title(t, fontsize=13)
+    titles = 'image and its labels', 'map of one', 'map of the other', 'pseudo mask', 'ground truth'
+    for ax,t in zip(axs[0], titles): ax.set_title(t, fontsize=13)
     for ax in axs.flat: ax.set(xticks=[], yticks=[])
     return fig
 
 # %% ../nbs/52_demo.ipynb #98dbd5ba
-def _png(path): return f'<img alt="{html.escape(Path(path).stem)}" src="data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}">'
+def _png(path):
+    "A picture as part of the page"
+    data = base64.b64encode(Path(path).read_bytes()).decode()
+    return f'<img alt="{html.escape(Path(path).stem)}" src="data:image/png;base64,{data}">'
 
-_STYLE = '''body{font:16px/1.55 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}h1{margin-bottom:.2rem}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .9rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}
-img{max-width:100%;height:auto}figcaption,.small{color:#666;font-size:.9rem}figure{margin:1.5rem 0}.bar{background:#4c78a8;height:.7rem;display:inline-block;border-radius:2px}'''
+_STYLE = '''body{font:16px/1.55 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}\
+h1{margin-bottom:.2rem}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .9rem;border-bottom:1px solid #ddd;text-align:right}\
+td:first-child,th:first-child{text-align:left}
+img{max-width:100%;height:auto}figcaption,.small{color:#666;font-size:.9rem}\
+figure{margin:1.5rem 0}.bar{background:#4c78a8;height:.7rem;display:inline-block;border-radius:2px}'''
+
+_PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">\
+<title>MCTformer demonstration</title><style>{style}</style>
+<h1>From labels to masks</h1><p>MCTformer V1 and V2, trained on image-level labels only. \
+Scores are mIoU in percent against masks that training never saw.</p>
+<table><tr><th>map</th><th>mIoU</th><th></th><th>FP</th><th>FN</th><th>threshold</th><th>paper (VOC)</th></tr>\
+{maps}</table>
+<p class="small">The last column is Table 5 of the paper, measured on PASCAL VOC photos: \
+compare the order, not the height.</p>
+<table><tr><th>step</th><th>mIoU</th><th></th><th>on</th><th>paper (VOC)</th></tr>{chain}</table>{pics}
+<ul class="small">{notes}</ul></html>'''
 
 # %% ../nbs/52_demo.ipynb #b5d0865d
 def write_report(
@@ -189,63 +226,79 @@ def write_report(
     figures:dict, # {file name in `figures`: caption}
 ) -> Path: # the page
     "One self-contained HTML page: table, pictures, curves"
-    num = lambda v: '' if v is None else f'{v:.1f}'
-    esc = lambda s: html.escape(str(s)).replace('_', ' ')
-    body = ''.join(f"<tr><td>{esc(r['map'])}</td><td>{num(r['miou'])}</td><td style='text-align:left'><span class='bar' style='width:{r['miou']*2:.0f}px'></span></td>"
-                   f"<td>{num(r['fp'])}</td><td>{num(r['fn'])}</td><td>{r['threshold']:.2f}</td><td>{num(r['paper'])}</td></tr>" for r in rows)
-    chain = ''.join(f"<tr><td>{esc(r['step'])}</td><td>{num(r['miou'])}</td><td style='text-align:left'><span class='bar' style='width:{r['miou']*2:.0f}px'></span></td><td>{esc(r['where'])}</td><td>{num(r['paper'])}</td></tr>" for r in steps)
-    pics = ''.join(f"<figure>{_png(Path(out)/'figures'/f)}<figcaption>{html.escape(cap)}</figcaption></figure>" for f,cap in figures.items())
-    page = f'''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>MCTformer demonstration</title><style>{_STYLE}</style>
-<h1>From labels to masks</h1><p>MCTformer V1 and V2, trained on image-level labels only. Scores are mIoU in percent against masks that training never saw.</p>
-<table><tr><th>map</th><th>mIoU</th><th></th><th>FP</th><th>FN</th><th>threshold</th><th>paper (VOC)</th></tr>{body}</table>
-<p class="small">The last column is Table 5 of the paper, measured on PASCAL VOC photos: compare the order, not the height.</p>
-<table><tr><th>step</th><th>mIoU</th><th></th><th>on</th><th>paper (VOC)</th></tr>{chain}</table>{pics}
-<ul class="small">{''.join(f"<li>{esc(k)}: {html.escape(str(v))}</li>" for k,v in notes.items())}</ul></html>'''
+    def num(v): return '' if v is None else f'{v:.1f}'
+    def esc(s): return html.escape(str(s)).replace('_', ' ')
+    def bar(v): return f"<td style='text-align:left'><span class='bar' style='width:{v*2:.0f}px'></span></td>"
+    def line(name, v, *more):
+        return f'<tr><td>{esc(name)}</td><td>{num(v)}</td>{bar(v)}{"".join(f"<td>{m}</td>" for m in more)}</tr>'
+    maps = ''.join(line(r['map'], r['miou'], num(r['fp']), num(r['fn']), f"{r['threshold']:.2f}", num(r['paper']))
+                   for r in rows)
+    chain = ''.join(line(r['step'], r['miou'], esc(r['where']), num(r['paper'])) for r in steps)
+    pics = ''.join(f"<figure>{_png(Path(out)/'figures'/f)}<figcaption>{html.escape(cap)}</figcaption></figure>"
+                   for f,cap in figures.items())
+    listed = ''.join(f'<li>{esc(k)}: {html.escape(str(v))}</li>' for k,v in notes.items())
+    page = _PAGE.format(style=_STYLE, maps=maps, chain=chain, pics=pics, notes=listed)
     with atomic_path(Path(out)/'report.html') as p: Path(p).write_text(page, encoding='utf-8')
     return Path(out)/'report.html'
 
 # %% ../nbs/52_demo.ipynb #4edf5021
 def _figures(out, ds, part, val, results, runs):
     "Draw and save the pictures of the report; returns {file name: caption}"
-    folder = Path(out)/'figures'; folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(out)/'figures'
+    folder.mkdir(parents=True, exist_ok=True)
     def save(fig, name):
         with atomic_path(folder/name) as p: fig.savefig(p, format='png', bbox_inches='tight')
-    save(figure5(ds, Path(out)/'seeds'), 'maps.png'); save(chain_figure(part, val, Path(out)/'second'), 'masks.png')
+    save(figure5(ds, Path(out)/'seeds'), 'maps.png')
+    save(chain_figure(part, val, Path(out)/'second'), 'masks.png')
     save(story_figure(part, Path(out)/'second'), 'story.png')
-    fig = new_figure((6.5,3.2), 80); ax = fig.subplots()
+    fig = new_figure((6.5,3.2), 80)
+    ax = fig.subplots()
     for name,r in results.items(): ax.plot(r.thresholds, r.miou, label=name.replace('_', ' '))
-    ax.set(xlabel='background threshold', ylabel='mIoU (%)'); ax.legend(fontsize=8, frameon=False); save(fig, 'thresholds.png')
+    ax.set(xlabel='background threshold', ylabel='mIoU (%)')
+    ax.legend(fontsize=8, frameon=False)
+    save(fig, 'thresholds.png')
     for v,run in runs.items():
-        with atomic_path(folder/f'training_{v}.png') as p: Path(p).write_bytes((Path(run)/'figures'/'loss.png').read_bytes())
+        loss = (Path(run)/'figures'/'loss.png').read_bytes()
+        with atomic_path(folder/f'training_{v}.png') as p: Path(p).write_bytes(loss)
     return {'story.png': 'What goes in and what comes out. The first column is all that training is given.',
-            'maps.png': 'One class per row. Attention finds the object, the patch CAM separates classes, their product does both, affinity fills the object.',
+            'maps.png': 'One class per row. Attention finds the object, the patch CAM separates classes, '
+                        'their product does both, affinity fills the object.',
             'masks.png': 'Above: pseudo masks of training scenes. Below: scenes that no network has seen.',
             'thresholds.png': 'mIoU at every background threshold, in one pass over the pixels.',
             'training_v1.png': 'V1 while training.', 'training_v2.png': 'V2 while training: class tokens and patches.'}
+
+# %% ../nbs/52_demo.ipynb #81a660b7
+@dataclass
+class DemoScenes:
+    "How many drawn scenes the demonstration uses"
+    images:int=600 # to train on
+    score_images:int=200 # of them, scored
+    mask_images:int=240 # of them, used from the seeds on
+    unseen:int=100 # others, for the mAP while training and the segmentation
 
 # %% ../nbs/52_demo.ipynb #7656f785
 def run_demo(
     out:str|Path, # folder for `report.html`, `metrics.json`, `figures/`, and the runs and seeds behind them
     seed:int=0, # of training
-    images:int=600, # drawn training scenes
-    score_images:int=200, # of them, scored
-    mask_images:int=240, # of them, used from the seeds on
-    unseen:int=100, # other scenes, for the mAP while training and the segmentation
     epochs:int=12, # passes over the training scenes
     options:dict=DEMO_SECOND, # of the second half, see `run_second_half`
     device:str=None, # default cuda where there is one
     log:callable=partial(print, flush=True), # receives progress lines
+    **scenes, # how many are used for what, see `DemoScenes`
 ) -> dict: # content of `metrics.json`
     "The whole paper on the drawn data set, and its report. Run again on the same folder, it goes on where it stopped."
-    start, out, (ds, val) = time.time(), Path(out), (get_dataset('mini', 'train', n=images, size=96), get_dataset('mini', 'val', n=unseen, size=96))
-    runs, scored, part = train_both(ds, val, out/'runs', epochs, seed, device, log), ds.subset(ds.ids[:score_images]), ds.subset(ds.ids[:mask_images])
+    start, out, n = time.time(), Path(out), DemoScenes(**scenes)
+    ds, val = (get_dataset('mini', split, n=k, size=96) for split,k in (('train', n.images), ('val', n.unseen)))
+    scored, part = ds.subset(ds.ids[:n.score_images]), ds.subset(ds.ids[:n.mask_images])
+    runs = train_both(ds, val, out/'runs', epochs, seed, device, log)
     results = score_maps(runs, scored, out/'seeds', device)
-    steps, rows = run_second_half(runs['v2'], part, val, out/'second', seed, options, device, log), score_rows(results)
-    notes = dict(dataset=f'mini, {images} scenes for training, {len(scored)} scored, {len(part)} from the seeds on', seed=seed, epochs=epochs)
+    steps = run_second_half(runs['v2'], part, val, out/'second', seed, options, device, log)
+    used = f'mini, {len(ds)} scenes for training, {len(scored)} scored, {len(part)} from the seeds on'
+    notes, rows = dict(dataset=used, seed=seed, epochs=epochs), score_rows(results)
     metrics = dict(rows=rows, steps=steps, seconds=round(time.time()-start, 1), **notes)
     write_json(out/'metrics.json', metrics)
-    page = write_report(out, rows, steps, dict(notes, seconds=metrics['seconds']), _figures(out, scored, part, val, results, runs))
+    notes, pictures = dict(notes, seconds=metrics['seconds']), _figures(out, scored, part, val, results, runs)
     for r in rows: log(f"{r['map']:18} mIoU {r['miou']:5.1f}   paper, on VOC: {r['paper'] or '-'}")
     for r in steps: log(f"{r['step']:32} mIoU {r['miou']:5.1f}   on {r['where']}; paper, on VOC: {r['paper'] or '-'}")
-    log(f"{page}  ({metrics['seconds']:.0f} s)")
+    log(f"{write_report(out, rows, steps, notes, pictures)}  ({metrics['seconds']:.0f} s)")
     return metrics

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'affinity_apply', 'one_buffer', 'attend_rows', 'AttentionSums', 'use_rows', 'attention_pass',
-           'maps_from_pass', 'affinity_layers', 'localize_kinds', 'localize_fast', 'eight_bits', 'at_precision',
-           'fast_precisions', 'choose_precision']
+           'maps_from_pass', 'localize_kinds', 'localize_fast', 'eight_bits', 'at_precision', 'fast_precisions',
+           'choose_precision']
 
-# %% ../nbs/21a_fast_maps.ipynb #2dd8c724
+# %% ../nbs/21a_fast_maps.ipynb #d65c3cbd
 import copy, time, warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +24,7 @@ from .other_affinity import OtherAffinity, refine_by_other
 from .views import input_spec
 from .vit import capture_qk
 
-# %% ../nbs/21a_fast_maps.ipynb #6b50b65a
+# %% ../nbs/21a_fast_maps.ipynb #b57b5c58
 def affinity_apply(
     q:Tensor,    # queries of one layer (B,H,N,d), class tokens first
     k:Tensor,    # keys of the same layer (B,H,N,d)
@@ -44,7 +44,7 @@ def affinity_apply(
             out.append(o.mean(1)[..., :m.shape[1]].transpose(1, 2))         # (B,M,d) -> (B,<=d,M)
     return torch.cat(out, 1)
 
-# %% ../nbs/21a_fast_maps.ipynb #49e04c3e
+# %% ../nbs/21a_fast_maps.ipynb #f7cfcba4
 @contextmanager
 def one_buffer(
     blocks:nn.Sequential, # of the model
@@ -62,7 +62,7 @@ def one_buffer(
     finally:
         for h in handles: h.remove()
 
-# %% ../nbs/21a_fast_maps.ipynb #f5a672e3
+# %% ../nbs/21a_fast_maps.ipynb #5ea039b5
 @torch.no_grad()
 def attend_rows(
     q:Tensor,     # queries (B,H,N,d)
@@ -89,7 +89,7 @@ def attend_rows(
             if i < top: first[b:b+group, r] = m[:, :top-i]
     return out.view(B, H, N, d).to(q.dtype), first
 
-# %% ../nbs/21a_fast_maps.ipynb #d278d507
+# %% ../nbs/21a_fast_maps.ipynb #45b86d00
 class AttentionSums(TorchFunctionMode):
     "Inside the `with` block some layers `attend_rows`; afterwards `rows[layer]` (B,C,M) and `sums[group]` (B,M,M)"
     def __init__(self,
@@ -113,7 +113,7 @@ class AttentionSums(TorchFunctionMode):
     @property
     def sums(self): return {g: t[:, self.C:, self.C:] for g,t in self.totals.items()} # (B,N,N) -> (B,M,M)
 
-# %% ../nbs/21a_fast_maps.ipynb #c9b6f61a
+# %% ../nbs/21a_fast_maps.ipynb #23200ea5
 def use_rows(
     model:nn.Module, # an MCTformer
     x:Tensor,        # images (B,3,H,W)
@@ -128,7 +128,7 @@ def use_rows(
     small = N <= 2*model.embed_dim*max(map(len, groups), default=0) # N x N against queries and keys of these layers
     return attention == 'rows' or attention == 'auto' and can and x.device.type == 'cpu' and small
 
-# %% ../nbs/21a_fast_maps.ipynb #a534f128
+# %% ../nbs/21a_fast_maps.ipynb #51fe3b88
 @torch.no_grad()
 def attention_pass(
     model:nn.Module,        # an MCTformer
@@ -149,10 +149,11 @@ def attention_pass(
     with evaluating(model), capture_qk(model.blocks, which) as qk, one_buffer(model.blocks, qk):
         f = model.forward_features(x)[1]                                    # (B,D,h,w)
     q, k = ({l: v[n] for l,v in qk.items()} for n in 'qk')                  # {layer: (B,H,N,d)}
-    spread = lambda group, m: sum(affinity_apply(q[l], k[l], m.flatten(2), P, scales[l]) for l in group).reshape(m.shape)
+    one = lambda l, m: affinity_apply(q[l], k[l], m.flatten(2), P, scales[l]).unflatten(2, m.shape[-2:])
+    spread = lambda group, m: sum(one(l, m) for l in group)
     return f, {l: class_to_patch(q[l], k[l], P, scales[l], classes) for l in layers}, spread
 
-# %% ../nbs/21a_fast_maps.ipynb #1360fe7b
+# %% ../nbs/21a_fast_maps.ipynb #54a67b22
 def maps_from_pass(
     model:nn.Module, # an MCTformer
     m:Maps,          # the kind of map
@@ -166,18 +167,9 @@ def maps_from_pass(
     cam = None if m.kind == 'attn' else patch_cam(f, model.head, classes, m.rule)
     maps = fuse_maps(attn, cam, m.rule)
     if not m.refine: return maps
-    return spread(affinity_layers(m, K, L), maps)/(K if m.rule == 'paper' else 1)
+    return spread(tuple(range(L-K, L)), maps)/K if m.rule == 'paper' else spread(tuple(range(L)), maps)
 
-# %% ../nbs/21a_fast_maps.ipynb #dc7cd586
-def affinity_layers(
-    m:Maps, # the kind of map
-    K:int,  # fused layers
-    L:int,  # layers of the model
-) -> tuple: # of layers
-    "Layers whose affinities are added: all (reference), or the last K (paper)"
-    return tuple(range(L-K if m.rule == 'paper' else 0, L))
-
-# %% ../nbs/21a_fast_maps.ipynb #dd211912
+# %% ../nbs/21a_fast_maps.ipynb #e2e3a1ca
 @torch.no_grad()
 def localize_kinds(
     model:nn.Module,       # an MCTformer, or a baseline
@@ -197,11 +189,11 @@ def localize_kinds(
     if hasattr(model, 'kinds'): return [baseline_maps(model, x, m.kind, idx[0]) for m in wanted]
     L = len(model.blocks)
     layers = {l for m,K in zip(wanted, Ks) if m.kind != 'patchcam' for l in range(L-K, L)}
-    groups = {affinity_layers(m, K, L) for m,K in zip(wanted, Ks) if m.refine}
+    groups = {tuple(range(L-K if m.rule == 'paper' else 0, L)) for m,K in zip(wanted, Ks) if m.refine} # of the affinity
     found = attention_pass(model, x, idx[0], sorted(layers), sorted(groups), attention)
     return [maps_from_pass(model, m, K, idx[0], found) for m,K in zip(wanted, Ks)]
 
-# %% ../nbs/21a_fast_maps.ipynb #3e7ed07a
+# %% ../nbs/21a_fast_maps.ipynb #a459ef5f
 def localize_fast(
     model:nn.Module,       # an MCTformer, or a baseline
     x:Tensor,              # images (B,3,H,W), normalised by `input_spec(model)`, H and W multiples of the patch size
@@ -215,10 +207,10 @@ def localize_fast(
     "The maps of `localize`, with less memory and time. Raises `DataError` as that does."
     return localize_kinds(model, x, [Maps(kind, layers, refine, rule)], classes, **options)[0]
 
-# %% ../nbs/21a_fast_maps.ipynb #40a26467
+# %% ../nbs/21a_fast_maps.ipynb #9d964b3f
 PRECISIONS = 'float32', 'bf16', 'fp16', 'int8'
 
-# %% ../nbs/21a_fast_maps.ipynb #7c394cba
+# %% ../nbs/21a_fast_maps.ipynb #a2c553fb
 def eight_bits(
     model:nn.Module, # with transformer blocks, on a CPU
 ) -> nn.Module: # a copy in evaluation mode; what is not a block is shared with `model`
@@ -235,7 +227,7 @@ def eight_bits(
     twin._modules = dict(model._modules, blocks=blocks)
     return twin.eval()
 
-# %% ../nbs/21a_fast_maps.ipynb #b02c2fb9
+# %% ../nbs/21a_fast_maps.ipynb #70182fd9
 @contextmanager
 def at_precision(
     model:nn.Module,          # an MCTformer, or a baseline
@@ -249,7 +241,7 @@ def at_precision(
     else:
         with torch.autocast(next(model.parameters()).device.type, kind): yield model
 
-# %% ../nbs/21a_fast_maps.ipynb #0cb50410
+# %% ../nbs/21a_fast_maps.ipynb #120acd35
 def fast_precisions(
     model:nn.Module, # an MCTformer, or a baseline
 ) -> list: # some of `PRECISIONS`
@@ -259,7 +251,7 @@ def fast_precisions(
     bf16 = has('_is_amx_tile_supported') or has('_is_avx512_bf16_supported')
     return ['float32'] + ['bf16']*bf16 + ['int8']*hasattr(model, 'blocks')
 
-# %% ../nbs/21a_fast_maps.ipynb #e8ae09a9
+# %% ../nbs/21a_fast_maps.ipynb #9d1ac934
 def choose_precision(
     model:nn.Module,  # an MCTformer, or a baseline
     x:Tensor,         # images (B,3,H,W) as they will come; the first one's corner is used

@@ -6,7 +6,7 @@
 __all__ = ['Output', 'sweep_folder', 'claim_folder', 'prefetch', 'cores', 'follow_parent', 'writers', 'attempt', 'compute_batch',
            'Work', 'read_batch', 'collect', 'run_batches', 'run_stage']
 
-# %% ../nbs/05_stage.ipynb #d0eb1fdf
+# %% ../nbs/05_stage.ipynb #e0ed8619
 import os, shutil, signal, threading, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +23,7 @@ from .artifacts import is_complete
 from .core import DataError, describe_error, folder_lock, need, progress, read_json, write_json
 from .ranks import connected, env_int, first_alone, joined, may_overwrite, my_part, rank
 
-# %% ../nbs/05_stage.ipynb #40e97459
+# %% ../nbs/05_stage.ipynb #37332736
 @dataclass
 class Output:
     "A folder that a stage fills: one file an image, and a note of the settings behind them"
@@ -35,7 +35,7 @@ class Output:
     complete:Callable=is_complete # path -> is this image done?
     def path(self, id): return Path(self.folder)/f'{id}{self.suffix}'
 
-# %% ../nbs/05_stage.ipynb #3ac27c18
+# %% ../nbs/05_stage.ipynb #2b81ce9f
 def sweep_folder(
     folder:str|Path, # to clean
     age:float=60, # seconds; where another process is at work, younger ones may belong to it
@@ -51,7 +51,7 @@ def sweep_folder(
         with folder_lock(folder, wait=0): sweep(-1)         # nobody else is here
     except DataError: sweep(age)
 
-# %% ../nbs/05_stage.ipynb #576bfeb8
+# %% ../nbs/05_stage.ipynb #16ca3f00
 def claim_folder(
     out:Output, # the folder, and what its files will be
     ids:list, # images of this run
@@ -63,8 +63,9 @@ def claim_folder(
     old = read_json(note) if note.exists() else None
     need(old is None or isinstance(old, dict), note, 'is not a list of settings',
          'Choose another folder, or delete this one')
-    differ = [f'{k} was {old.get(k)}, now {v}' for k,
-              v in out.settings.items() if old.get(k)!=v] if old is not None else []
+    new, differ = out.settings, []
+    if old is not None: differ = [f'{k} was {old.get(k)}, now {new.get(k)}' for k in {**old,
+            **new} if old.get(k)!=new.get(k)]
     orphan = old is None and any(p.exists() for p in mine)
     fits = overwrite or not (differ or orphan)
     need(fits, folder, f'holds {out.what} of another run ({"; ".join(differ) or f"without {out.note}"})',
@@ -73,7 +74,7 @@ def claim_folder(
         for p in (set(folder.rglob(f'*{out.suffix}')) if differ else set()) | set(mine): p.unlink(missing_ok=True)
     write_json(note, out.settings)
 
-# %% ../nbs/05_stage.ipynb #f0d596e8
+# %% ../nbs/05_stage.ipynb #26fa5b32
 def prefetch(
     pool:ThreadPoolExecutor, # does the work
     function:Callable, # of one item
@@ -87,13 +88,13 @@ def prefetch(
         if len(queue) > n: yield queue.popleft().result()
     while queue: yield queue.popleft().result()
 
-# %% ../nbs/05_stage.ipynb #8110d78c
+# %% ../nbs/05_stage.ipynb #e7b4a9fe
 def cores() -> int:
     "Cores that this process may use"
     n = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return max(1, n//env_int('LOCAL_WORLD_SIZE', 1))         # torchrun tells how many processes share the machine
 
-# %% ../nbs/05_stage.ipynb #2330bff4
+# %% ../nbs/05_stage.ipynb #acc29a6d
 def follow_parent(
     parent:int, # process id
 ):
@@ -104,7 +105,7 @@ def follow_parent(
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/05_stage.ipynb #05722a45
+# %% ../nbs/05_stage.ipynb #3f36c30d
 @contextmanager
 def writers(
     threads:int=4, # that write
@@ -129,7 +130,7 @@ def writers(
         for f in waiting: f.cancel()
         pool.shutdown(wait=True)
 
-# %% ../nbs/05_stage.ipynb #ee639a46
+# %% ../nbs/05_stage.ipynb #ee3a246e
 def attempt(
     function:Callable, # of `args`
     *args, # for it
@@ -139,7 +140,7 @@ def attempt(
     try: return function(*args)
     except errors as e: return e
 
-# %% ../nbs/05_stage.ipynb #9139a92c
+# %% ../nbs/05_stage.ipynb #95168357
 def compute_batch(
     compute:Callable, # [item] -> [result]
     items:list, # of images
@@ -152,7 +153,7 @@ def compute_batch(
                      'Pass image_size (--image-size), or window (--window)')
     return [full if isinstance(got, torch.OutOfMemoryError) else got]
 
-# %% ../nbs/05_stage.ipynb #0b6f872b
+# %% ../nbs/05_stage.ipynb #31d81e90
 @dataclass
 class Work:
     "How the work of a stage is done: nothing here changes what is in the files"
@@ -163,7 +164,7 @@ class Work:
     bad:tuple=() # (id, problem) known before
     desc:str='images' # beside the progress bar
 
-# %% ../nbs/05_stage.ipynb #03335561
+# %% ../nbs/05_stage.ipynb #f6f9b2cd
 def read_batch(
     read:Callable, # id -> item
     outs:list, # of Output
@@ -174,7 +175,7 @@ def read_batch(
     if not any(lacking.values()): return lacking, []
     return lacking, [(id, attempt(read, id, errors=Exception)) for id in batch]
 
-# %% ../nbs/05_stage.ipynb #c35bdde1
+# %% ../nbs/05_stage.ipynb #4608c392
 def collect(
     jobs:deque, # of (report, id, Future)
     most:int=0, # that may be left
@@ -193,7 +194,7 @@ def collect(
         report.written += 1
         report.empty += n==0
 
-# %% ../nbs/05_stage.ipynb #f9585b35
+# %% ../nbs/05_stage.ipynb #1943d2dc
 def run_batches(
     outs:list, # of Output, claimed
     batches:list, # [[id]], those of this process
@@ -220,7 +221,7 @@ def run_batches(
         collect(jobs)
     return reports
 
-# %% ../nbs/05_stage.ipynb #bdfc2fb8
+# %% ../nbs/05_stage.ipynb #78141968
 def run_stage(
     outs:Output|list, # folder to fill, or several that are filled from one pass
     ids:list, # images

@@ -10,30 +10,31 @@ __all__ = ['FIELDS', 'PAPER', 'LATER', 'current_commit', 'hardware', 'new_record
 import datetime, html, os, platform, statistics, subprocess, sys
 from pathlib import Path
 import mctformer_nb
-from .core import DataError, read_json, write_json
+from .core import read_json, write_json
+from .scores import need
 
 # %% ../nbs/50_tables.ipynb #a2e5ceff
-def _git(*args):
-    "Output of git in the package's folder, None where it fails"
-    try: r = subprocess.run(['git', '-C', str(Path(mctformer_nb.__file__).parent), *args], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError): return None
-    return r.stdout.strip() if r.returncode==0 else None
-
 def current_commit() -> str|None: # short hash, with `+changes` if modules differ from it; None without git
     "The commit of this package's own repository"
-    if not _git('ls-files', '__init__.py'): return None
-    sha = _git('rev-parse', '--short', 'HEAD')
-    return sha and sha + ('+changes' if _git('status', '--porcelain', '--untracked-files=no', '.') else '')
+    def git(*args):
+        command, here = ['git', *args], Path(mctformer_nb.__file__).parent
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=20)
+        return done.stdout.strip() if not done.returncode else ''
+    try:
+        sha = git('ls-files', '__init__.py') and git('rev-parse', '--short', 'HEAD')
+        return sha + '+changes'*bool(git('status', '--porcelain', '--untracked-files=no', '.')) if sha else None
+    except (OSError, subprocess.SubprocessError): return None
 
 # %% ../nbs/50_tables.ipynb #3e80e307
-def hardware() -> str: # GPU name where torch is loaded and has one, else CPU model; with the number of cores this process may use
+def hardware() -> str: # GPU name where torch is loaded and has one, else CPU model; number of cores this process may use
     "The machine in words"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     torch = sys.modules.get('torch')
     if torch and torch.cuda.is_available(): return f'{torch.cuda.get_device_name()}, {cores} CPU cores'
-    try: cpu = next(l.split(':',1)[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
-    except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
-    return f'{cpu}, {cores} cores'
+    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError: lines = []
+    names = [l.split(':',1)[1].strip() for l in lines if l.startswith('model name')]
+    return f'{(names or [platform.processor() or platform.machine()])[0]}, {cores} cores'
 
 # %% ../nbs/50_tables.ipynb #62c63381
 FIELDS = 'table row value metric dataset commit seed hardware command date'.split()
@@ -47,34 +48,18 @@ def new_record(
     dataset:str='',          # data set and split it was measured on
     seed:int|None=0,         # random seed of the run, None where chance plays no part
     command:str|None=None,   # command that makes the number again, default this program's command line
-    commit:str|None=None,    # default `current_commit()`
-    hardware:str|None=None,  # default `hardware()`
-    date:str|None=None,      # default today, ISO
-    **extra,                 # more entries, such as epochs
+    **extra,                 # commit, hardware, date (default: now and here), and more entries, such as epochs
 ) -> dict:                   # a record with all of `FIELDS`
     "A measured number and where it comes from; `DataError` for what is not a finite number"
     try: value = float(value)
     except (TypeError, ValueError): value = float('nan')
-    if value-value != 0: raise DataError(f'record {row}: the value is not a finite number. Record only what was measured.')
-    return dict(table=str(table), row=row, value=value, metric=metric, dataset=dataset, commit=commit or current_commit(), seed=seed,
-                hardware=hardware or globals()['hardware'](), command=command or _command(), date=date or datetime.date.today().isoformat(), **extra)
-
-# %% ../nbs/50_tables.ipynb #b4393a44
-def _command():
-    "This program's command line, the program without its folder"
-    return ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]).strip()
-
-# %% ../nbs/50_tables.ipynb #c2d9852b
-def _key(r): return tuple(str(r.get(k)) for k in ('table','row','metric','dataset','seed'))
-
-def _read_records(path):
-    recs = read_json(path)
-    if not isinstance(recs, list) or not all(isinstance(r, dict) for r in recs): raise DataError(f'{path}: not a list of records. Move it out of the folder.')
-    for r in recs:
-        lost = [k for k in FIELDS if k not in r]
-        if lost: raise DataError(f'{path}: record {r.get("row")} has no {", ".join(lost)}. Make records with new_record.')
-        if isinstance(r['value'], bool) or not isinstance(r['value'], (int,float)): raise DataError(f'{path}: the value of {r["row"]} is {r["value"]!r}. Record only numbers.')
-    return recs
+    need(value-value == 0, f'record {row}', 'the value is not a finite number', 'Record only what was measured')
+    given = {k: v for k,v in extra.items() if v is not None}
+    command = command or ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]).strip()  # the program without its folder
+    return dict(table=str(table), row=row, value=value, metric=metric, dataset=dataset,
+                commit=given.pop('commit', None) or current_commit(), seed=seed,
+                hardware=given.pop('hardware', None) or hardware(), command=command,
+                date=given.pop('date', None) or datetime.date.today().isoformat(), **given)
 
 # %% ../nbs/50_tables.ipynb #6c23c6ef
 def save_records(
@@ -82,53 +67,64 @@ def save_records(
     records:list,     # records to add; one with the same table, row, metric, dataset and seed is replaced
 ) -> list:            # all records now in the file
     "Add records to a file, atomically"
-    path = Path(path)
-    kept = {_key(r): r for r in (_read_records(path) if path.exists() else [])}
-    kept |= {_key(r): r for r in records}
-    write_json(path, list(kept.values()))
-    return list(kept.values())
+    def key(r): return tuple(str(r.get(k)) for k in ('table','row','metric','dataset','seed'))
+    old = load_records(path) if Path(path).exists() else []
+    kept = list({key(r): r for r in [*old, *records]}.values())
+    write_json(path, kept)
+    return kept
 
 # %% ../nbs/50_tables.ipynb #09c579bb
 def load_records(
     folder:str|Path='results', # folder of JSON files, or one file
 ) -> list:                     # all records, files in order of their names
     "Read records; `DataError` names the file that holds something else"
-    folder = Path(folder)
-    if not folder.exists(): raise DataError(f'{folder}: no such folder. Give the folder with the result files.')
-    files = sorted(folder.glob('*.json')) if folder.is_dir() else [folder]
-    return [r for f in files for r in _read_records(f)]
+    folder, found = Path(folder), []
+    need(folder.exists(), folder, 'no such folder', 'Give the folder with the result files')
+    for f in sorted(folder.glob('*.json')) if folder.is_dir() else [folder]:
+        records = read_json(f)
+        plain = isinstance(records, list) and all(isinstance(r, dict) for r in records)
+        need(plain, f, 'not a list of records', 'Move it out of the folder')
+        for r in records:
+            lost, v = ', '.join(k for k in FIELDS if k not in r), r.get('value')
+            need(not lost, f, f'record {r.get("row")} has no {lost}', 'Make records with new_record')
+            number = isinstance(v, (int,float)) and not isinstance(v, bool)
+            need(number, f, f'the value of {r["row"]} is {v!r}', 'Record only numbers')
+        found += records
+    return found
 
 # %% ../nbs/50_tables.ipynb #b524b369
 def summarise(
     records:list, # records, any mixture
 ) -> list:        # dicts table, row, metric, dataset, mean, std (None for one run), n, seeds
     "Mean and standard deviation over seeds of each (table, row, metric, dataset), in the order of appearance"
-    groups = {}
+    names, groups = ('table', 'row', 'metric', 'dataset'), {}
     for r in records: groups.setdefault((str(r['table']), r['row'], r['metric'], r['dataset']), []).append(r)
     def one(key, rs):
-        v = [r['value'] for r in rs]
-        return dict(zip(('table','row','metric','dataset'), key)) | dict(mean=statistics.fmean(v), std=statistics.stdev(v) if len(v)>1 else None, n=len(v), seeds=[r['seed'] for r in rs])
+        v, seeds = [r['value'] for r in rs], [r['seed'] for r in rs]
+        std = statistics.stdev(v) if len(v)>1 else None
+        return dict(zip(names, key), mean=statistics.fmean(v), std=std, n=len(v), seeds=seeds)
     return [one(k, rs) for k,rs in groups.items()]
 
 # %% ../nbs/50_tables.ipynb #8e37d585
-def _rows(text):
-    "Lines `name | number | number ...` as {name: (number, ...)}"
+def _paper(title, dataset, metrics, text):
+    "A table of the paper; `text` has lines `name | number | number ...`"
     parts = [l.split('|') for l in text.strip().splitlines()]
-    return {p[0].strip(): tuple(float(v) for v in p[1:]) for p in parts}
+    rows = {p[0].strip(): tuple(float(v) for v in p[1:]) for p in parts}
+    return dict(title=title, dataset=dataset, metrics=metrics, rows=rows)
 
 PAPER = {
-    '1': dict(title='Initial seed and pseudo mask', dataset='PASCAL VOC 2012 train', metrics=('seed mIoU','mask mIoU'), rows=_rows('''
+    '1': _paper('Initial seed and pseudo mask', 'PASCAL VOC 2012 train', ('seed mIoU','mask mIoU'), '''
         PSA (CVPR18) | 48.0 | 61.0
         Chang et al. (CVPR20) | 50.9 | 63.4
         SEAM (CVPR20) | 55.4 | 63.6
         AdvCAM (CVPR21) | 55.6 | 68.0
         CDA (ICCV21) | 55.4 | 63.4
         Zhang et al. (ICCV21) | 57.4 | 67.8
-        MCTformer (Ours) | 61.7 | 69.1''')),
+        MCTformer (Ours) | 61.7 | 69.1'''),
 }
 
 # %% ../nbs/50_tables.ipynb #b6541226
-PAPER['2'] = dict(title='Segmentation', dataset='PASCAL VOC 2012', metrics=('val mIoU','test mIoU'), rows=_rows('''
+PAPER['2'] = _paper('Segmentation', 'PASCAL VOC 2012', ('val mIoU','test mIoU'), '''
     CIAN (AAAI20), ResNet101, I+S | 64.3 | 65.3
     ICD (CVPR20), ResNet101, I+S | 67.8 | 68.0
     Zhang et al. (ECCV20), ResNet50, I+S | 66.6 | 66.7
@@ -149,10 +145,10 @@ PAPER['2'] = dict(title='Segmentation', dataset='PASCAL VOC 2012', metrics=('val
     Kweon et al. (ICCV21), ResNet38, I | 68.4 | 68.2
     CDA (ICCV21), ResNet38, I | 66.1 | 66.8
     Zhang et al. (ICCV21), ResNet38, I | 67.8 | 68.5
-    MCTformer (Ours), ResNet38, I | 71.9 | 71.6'''))
+    MCTformer (Ours), ResNet38, I | 71.9 | 71.6''')
 
 # %% ../nbs/50_tables.ipynb #507df0ce
-PAPER['3'] = dict(title='Segmentation', dataset='MS COCO 2014 val', metrics=('mIoU',), rows=_rows('''
+PAPER['3'] = _paper('Segmentation', 'MS COCO 2014 val', ('mIoU',), '''
     EPS (CVPR21), ResNet101, I+S | 35.7
     AuxSegNet (ICCV21), ResNet38, I+S | 33.9
     Wang et al. (IJCV20), VGG16, I | 27.7
@@ -161,34 +157,35 @@ PAPER['3'] = dict(title='Segmentation', dataset='MS COCO 2014 val', metrics=('mI
     CONTA (NeurIPS20), ResNet38, I | 32.8
     Kweon et al. (ICCV21), ResNet38, I | 36.4
     CDA (ICCV21), ResNet38, I | 33.2
-    MCTformer (Ours), ResNet38, I | 42.0'''))
-PAPER['4'] = dict(title='Complexity', dataset='224 x 224 pixels', metrics=('parameters (M)','MACs (G)'), rows=_rows('''
+    MCTformer (Ours), ResNet38, I | 42.0''')
+PAPER['4'] = _paper('Complexity', '224 x 224 pixels', ('parameters (M)','MACs (G)'), '''
     ResNet38 | 104.3 | 99.8
     MCTformer-V1 | 21.7 | 4.6
-    MCTformer-V2 | 21.8 | 4.7'''))
+    MCTformer-V2 | 21.8 | 4.7''')
 
 # %% ../nbs/50_tables.ipynb #5d8b8eb5
-PAPER['5'] = dict(title='Localization maps', dataset='PASCAL VOC 2012 train', metrics=('mIoU',), rows=_rows('''
+PAPER['5'] = _paper('Localization maps', 'PASCAL VOC 2012 train', ('mIoU',), '''
     TS-CAM | 29.9
     TS-CAM* | 41.3
     MCTformer-V1 (Attention) | 47.2
     MCTformer-V1 (Attention + PatchAffinity) | 55.2
     MCTformer-V2 (Attention + PatchCAM) | 58.2
-    MCTformer-V2 (Attention + PatchCAM + PatchAffinity) | 61.7'''))
-PAPER['6'] = dict(title='Segmentation after each kind of map', dataset='PASCAL VOC 2012 val', metrics=('mIoU',), rows=_rows('''
+    MCTformer-V2 (Attention + PatchCAM + PatchAffinity) | 61.7''')
+PAPER['6'] = _paper('Segmentation after each kind of map', 'PASCAL VOC 2012 val', ('mIoU',), '''
     TS-CAM* | 49.7
     MCTformer-V1 (Attention) | 55.6
     MCTformer-V1 (Attention + PatchAffinity) | 58.8
     MCTformer-V2 (Attention + PatchCAM) | 61.1
-    MCTformer-V2 (Attention + PatchCAM + PatchAffinity) | 62.6'''))
-PAPER['7'] = dict(title='Class score of MCTformer-V1', dataset='PASCAL VOC 2012 train', metrics=('mIoU',), rows=_rows('''
+    MCTformer-V2 (Attention + PatchCAM + PatchAffinity) | 62.6''')
+PAPER['7'] = _paper('Class score of MCTformer-V1', 'PASCAL VOC 2012 train', ('mIoU',), '''
     Fully-connected | 41.5
     Max-pooling | 26.8
-    Average-pooling | 47.2'''))
+    Average-pooling | 47.2''')
 
 # %% ../nbs/50_tables.ipynb #4e70e5f2
 LATER = [dict(method=m, metric=metric, value=v, source=s) for m,s,values in (
-    ('MCTformer+', 'arXiv:2308.03005, by the same authors', {'VOC train seed': 68.8, 'VOC val': 74.0, 'COCO val': 45.2}),
+    ('MCTformer+', 'arXiv:2308.03005, by the same authors',
+     {'VOC train seed': 68.8, 'VOC val': 74.0, 'COCO val': 45.2}),
     ('WeakTr, DeiT-S 224', 'arXiv:2304.01184', {'VOC train seed': 69.4, 'VOC val': 74.0, 'COCO val': 46.9}),
     ('WeakTr, DINOv2-S', 'arXiv:2304.01184', {'VOC val': 75.8, 'COCO val': 48.9}),
     ('MCTformer-V2 + class-token infusion', 'its authors', {'VOC train seed': 69.5}),
@@ -207,44 +204,58 @@ class Table:
     def __str__(self):
         def line(cells): return '| ' + ' | '.join(str(c).replace('|', '\\|').replace('*', '\\*') for c in cells) + ' |'
         rule = '|' + '|'.join(['---'] + ['---:']*(len(self.head)-1)) + '|'
-        return '\n'.join(([self.caption, ''] if self.caption else []) + [line(self.head), rule, *map(line, self.rows)])
+        return '\n'.join([self.caption, '']*bool(self.caption) + [line(self.head), rule, *map(line, self.rows)])
     __repr__ = _repr_markdown_ = __str__
     def html(self):
         "The table as an HTML element"
         def line(cells, tag): return '<tr>' + ''.join(f'<{tag}>{html.escape(str(c))}</{tag}>' for c in cells) + '</tr>'
-        cap = f'<caption>{html.escape(self.caption)}</caption>' if self.caption else ''
-        return f'<table>{cap}<thead>{line(self.head, "th")}</thead><tbody>{"".join(line(r, "td") for r in self.rows)}</tbody></table>'
+        caption = f'<caption>{html.escape(self.caption)}</caption>' if self.caption else ''
+        body = ''.join(line(r, 'td') for r in self.rows)
+        return f'<table>{caption}<thead>{line(self.head, "th")}</thead><tbody>{body}</tbody></table>'
 
 # %% ../nbs/50_tables.ipynb #0ccc158c
-def _cell(s, digits, n=None):
-    "Mean, and standard deviation over seeds where there are several; how many, unless they are the `n` that the caption names"
+def _mean_text(s, digits=1, n=None):
+    "Mean, and standard deviation over seeds where there are several; how many, unless they are the caption's `n`"
     if s is None: return '-'
     if s['std'] is None: return f'{s["mean"]:.{digits}f}'
-    return f'{s["mean"]:.{digits}f} ± {s["std"]:.{digits}f}' + (f' ({s["n"]} seeds)' if s['n']!=n else '')
+    return f'{s["mean"]:.{digits}f} ± {s["std"]:.{digits}f}' + f' ({s["n"]} seeds)'*(s['n']!=n)
+
+# %% ../nbs/50_tables.ipynb #9120a5d9
+def _columns(paper, sets, many, ours):
+    "(metric, data set; None for the paper's numbers) of each column"
+    found = []
+    for m in dict.fromkeys([*paper['metrics'], *(m for _,m,_ in ours)]):
+        printed = m in paper['metrics']
+        own = lambda d: printed and (d==paper['dataset'] or not many) or any(k[1:]==(m, d) for k in ours)
+        found += [(m, None)]*printed + [(m, d) for d in sets if own(d)]
+    return found
 
 # %% ../nbs/50_tables.ipynb #952bc484
 def compare_table(
     n:int|str,                # 1-7, a table of the paper
-    dataset:str|list|None=None, # data set of our records, as they name it; a list: a column for each that has numbers; None: the paper's own
+    dataset:str|list|None=None, # of our records, as they name it; a list: a column for each; None: the paper's own
     records:list|None=None,   # default `load_records()` from ./results
     digits:int=1,             # decimals, the paper prints one
 ) -> Table:                   # paper and ours side by side; prints as Markdown, `.html()` for pages
-    "The paper's rows with ours beside them, joined by the name of the row; `DataError` for a table that the paper does not have"
-    if str(n) not in PAPER: raise DataError(f'table {n}: the paper has Tables 1-7. Give one of these numbers.')
-    paper = PAPER[str(n)]; many = isinstance(dataset, (list, tuple)); sets = list(dataset) if many else [dataset or paper['dataset']]
-    ours = {(s['row'], s['metric'], s['dataset']): s for s in summarise(load_records() if records is None else records) if s['table']==str(n) and s['dataset'] in sets}
-    names = [*paper['rows'], *dict.fromkeys(r for r,_,_ in ours if r not in paper['rows'])]
-    metrics = [*paper['metrics'], *dict.fromkeys(m for _,m,_ in ours if m not in paper['metrics'])]
-    columns = [(m, d) for m in metrics for d in ([None] if m in paper['metrics'] else []) + [d for d in sets if m in paper['metrics'] and d in (paper['dataset'], *sets[:not many]) or any(k[1:]==(m, d) for k in ours)]]
-    several = {s['n'] for s in ours.values() if s['std'] is not None}; n_seeds = several.pop() if len(several)==1 else None
+    "The paper's rows with ours beside them, joined by the name of the row; `DataError` for a table that is not there"
+    need(str(n) in PAPER, f'table {n}', 'the paper has Tables 1-7', 'Give one of these numbers')
+    paper, many = PAPER[str(n)], isinstance(dataset, (list, tuple))
+    sets = list(dataset) if many else [dataset or paper['dataset']]
+    found = summarise(load_records() if records is None else records)
+    ours = {(s['row'], s['metric'], s['dataset']): s for s in found if s['table']==str(n) and s['dataset'] in sets}
+    columns = _columns(paper, sets, many, ours)
+    seeds = {s['n'] for s in ours.values() if s['std'] is not None}
+    n_seeds = seeds.pop() if len(seeds)==1 else None
     def cell(row, m, d):
         published = dict(zip(paper['metrics'], paper['rows'].get(row, ())))
-        return _cell(ours.get((row, m, d)), digits, n_seeds) if d else f'{published[m]:.1f}' if m in published else '-'
-    head = ['method'] + [f'{m}, {"paper" if d is None else d if many else "ours"}' for m,d in columns]
-    others = [d for d in sets if d!=paper['dataset']]
-    where = f' Ours: {", ".join(others)}; columns of different data are not comparable.' if others else ''
+        if d: return _mean_text(ours.get((row, m, d)), digits, n_seeds)
+        return f'{published[m]:.1f}' if m in published else '-'
+    others = ', '.join(d for d in sets if d!=paper['dataset'])
+    where = f' Ours: {others}; columns of different data are not comparable.' if others else ''
     if n_seeds: where += f' After ± the standard deviation over {n_seeds} seeds.'
-    return Table(head, [[r, *(cell(r, *c) for c in columns)] for r in names], f'Table {n}. {paper["title"]}. Paper: {paper["dataset"]}.{where}')
+    head = ['method'] + [f'{m}, {"paper" if d is None else d if many else "ours"}' for m,d in columns]
+    rows = [[r, *(cell(r, *c) for c in columns)] for r in dict.fromkeys([*paper['rows'], *(r for r,_,_ in ours)])]
+    return Table(head, rows, f'Table {n}. {paper["title"]}. Paper: {paper["dataset"]}.{where}')
 
 # %% ../nbs/50_tables.ipynb #091e09bf
 def check_order(
@@ -253,15 +264,18 @@ def check_order(
     pairs:list,           # (row that should be worse, row that should be better)
     dataset:str,          # data set of the records
     metric:str='mIoU',    # their metric
-) -> list:                # dicts worse, better, paper, ours (mean differences), holds (is ours positive?), seeds where it is, of how many
-    "Is the second row of each pair better than the first? Only seeds that have both count; `DataError` where there is none"
-    found = {(r['row'], r['seed']): r['value'] for r in records if (str(r['table']), r['dataset'], r['metric'])==(str(n), dataset, metric)}
-    rows = {k: dict(zip(PAPER[str(n)]['metrics'], v)).get(metric) for k,v in PAPER[str(n)]['rows'].items()} if str(n) in PAPER else {}
+) -> list:                # dicts worse, better, paper, ours (mean differences), holds (ours > 0?), seeds, of how many
+    "Is the second row of each pair better than the first? Only seeds that have both count; `DataError` if none has"
+    wanted = str(n), dataset, metric
+    found = {(r['row'], r['seed']): r['value'] for r in records if (str(r['table']), r['dataset'], r['metric'])==wanted}
+    paper = PAPER.get(str(n), dict(metrics=(), rows={}))
+    rows = {k: dict(zip(paper['metrics'], v)).get(metric) for k,v in paper['rows'].items()}
     def one(a, b):
         d = [v-found[a, seed] for (row,seed),v in found.items() if row==b and (a, seed) in found]
-        if not d: raise DataError(f'table {n}, {dataset}: no seed has both {a} and {b}. Measure them first.')
-        gap = rows[b]-rows[a] if rows.get(a) is not None and rows.get(b) is not None else None
-        return dict(worse=a, better=b, paper=gap, ours=statistics.fmean(d), holds=statistics.fmean(d)>0, seeds=sum(x>0 for x in d), of=len(d))
+        need(d, f'table {n}, {dataset}', f'no seed has both {a} and {b}', 'Measure them first')
+        gap = rows[b]-rows[a] if None not in (rows.get(a), rows.get(b)) else None
+        mean = statistics.fmean(d)
+        return dict(worse=a, better=b, paper=gap, ours=mean, holds=mean>0, seeds=sum(x>0 for x in d), of=len(d))
     return [one(a, b) for a,b in pairs]
 
 # %% ../nbs/50_tables.ipynb #52e1e15e
@@ -270,6 +284,9 @@ def order_table(
     caption:str='',     # a line above
 ) -> Table:             # one row a claim
     "Claims with the paper's difference, ours, and the number of seeds in which they hold"
-    gap = lambda x: '-' if x is None else f'{x:+.1f}'
-    return Table(['claim', 'difference, paper', 'difference, ours', 'holds in', 'holds on average'],
-                 [[f'{c["worse"]} < {c["better"]}', gap(c['paper']), gap(c['ours']), f'{c["seeds"]} of {c["of"]} seeds', 'yes' if c['holds'] else 'no'] for c in claims], caption)
+    def gap(x): return '-' if x is None else f'{x:+.1f}'
+    def row(c):
+        holds = f'{c["seeds"]} of {c["of"]} seeds', 'yes' if c['holds'] else 'no'
+        return [f'{c["worse"]} < {c["better"]}', gap(c['paper']), gap(c['ours']), *holds]
+    head = ['claim', 'difference, paper', 'difference, ours', 'holds in', 'holds on average']
+    return Table(head, list(map(row, claims)), caption)

@@ -48,7 +48,7 @@ def test_damaged_reference_seeds(tmp_path):
 def test_bad_names_stay_outside(tmp_path):
     (tmp_path/'in').mkdir(); saved(tmp_path/'out.npy', {0: np.zeros((2, 2), np.float32)})
     r = import_reference_seeds(tmp_path/'in', tmp_path/'seeds', ids=['../out'])
-    assert r['written']==0 and 'leaves the folder' in r['bad'][0][1] and not (tmp_path/'out.npz').exists()
+    assert r['written']==0 and 'leaves the data folder' in r['bad'][0][1] and not (tmp_path/'out.npz').exists()
 
 def test_rle_refuses_what_does_not_add_up():
     region = np.random.default_rng(0).random((9, 13))>.5; rle = mask_to_rle(region); rng = random.Random(0)

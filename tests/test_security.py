@@ -6,7 +6,8 @@ from PIL import Image
 from mctformer_nb import cli
 from mctformer_nb.core import DataError, open_image, open_mask, read_arrays
 from mctformer_nb.crf import load_crf_label
-from mctformer_nb.datasets import _sbd_mask, get_dataset
+from mctformer_nb.datasets import get_dataset
+from mctformer_nb.voc import read_sbd_mask
 from mctformer_nb.mctformer import MCTformer, load_reference, load_run, save_run
 from mctformer_nb.scores import _read_seed
 from mctformer_nb.seeds import load_seed
@@ -188,10 +189,10 @@ def test_outlines(tmp_path):
 
 def test_matlab_file_that_ends_scipy(tmp_path):
     from scipy.io import savemat
-    savemat(tmp_path/'a.mat', dict(GTcls=dict(Segmentation=np.ones((3, 4), np.uint8)))); good = (tmp_path/'a.mat').read_bytes(); assert (_sbd_mask(tmp_path/'a.mat', 20)==1).all()
+    savemat(tmp_path/'a.mat', dict(GTcls=dict(Segmentation=np.ones((3, 4), np.uint8)))); good = (tmp_path/'a.mat').read_bytes(); assert (read_sbd_mask(tmp_path/'a.mat', 20)==1).all()
     for i in range(128, len(good), 3):
         (tmp_path/'a.mat').write_bytes(good[:i] + b'\xb4' + good[i+1:])
-        try: assert _sbd_mask(tmp_path/'a.mat', 20).size
+        try: assert read_sbd_mask(tmp_path/'a.mat', 20).size
         except DataError: pass
 
 @pytest.mark.slow

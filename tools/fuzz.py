@@ -193,9 +193,9 @@ def target_params(root):
 
 def target_sbd(root):
     from scipy.io import savemat
-    from mctformer_nb.datasets import _sbd_mask
+    from mctformer_nb.voc import read_sbd_mask
     def mat(**kw): o = io.BytesIO(); savemat(o, dict(GTcls=dict(Segmentation=np.arange(12, dtype=np.uint8).reshape(3, 4), Boundaries=0)), **kw); return o.getvalue()
-    return [mat(), mat(do_compression=True)], 'a.mat', lambda p: _sbd_mask(p, 20)
+    return [mat(), mat(do_compression=True)], 'a.mat', lambda p: read_sbd_mask(p, 20)
 
 def target_reference(root):
     "the reference's .npy seeds: a dictionary of arrays, pickled inside an array of one object"
