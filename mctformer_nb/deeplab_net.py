@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LargeFOV', 'DeepLab', 'save_segment', 'load_segment', 'shorter_side', 'predict_mask', 'show_pictures']
 
-# %% ../nbs/40_deeplab_net.ipynb #3b54bf84
+# %% ../nbs/40_deeplab_net.ipynb #c597653b
 from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -49,13 +49,13 @@ class DeepLab(nn.Module):
         self.head = LargeFOV(self.backbone.channels[-1], num_classes, width, dilation)
         self.num_classes, self.stride = num_classes, self.backbone.strides[-1]
         self.input_spec = input_spec(self.backbone)
-        self.config = dict(num_classes=num_classes, backbone=backbone if named else 'custom', backbone_args=backbone_args)
-        self.config |= dict(width=width, dilation=dilation)
+        self.config = dict(num_classes=num_classes, backbone=backbone if named else 'custom',
+                           backbone_args=backbone_args, width=width, dilation=dilation)
     def forward(self, x): return self.head(self.backbone(x)[-1])       # (B,3,H,W) -> (B,C+1,h,w)
     def no_weight_decay(self):
         return {n for n,_ in self.named_parameters() if 'pos_embed' in n or n.endswith('_token')}
 
-# %% ../nbs/40_deeplab_net.ipynb #0cc833fd
+# %% ../nbs/40_deeplab_net.ipynb #e75b317f
 RUN_KINDS['deeplab'] = RunKind(
     lambda cfg, backbone: DeepLab(cfg['num_classes'], backbone or cfg['backbone'], False, cfg['width'], cfg['dilation'],
                                   **({} if backbone else cfg['backbone_args'])),
@@ -80,7 +80,7 @@ def load_segment(
     "Rebuild the network of a run folder. Raises `DataError` naming the file."
     return load_run(folder, backbone, num_classes, kind='deeplab')
 
-# %% ../nbs/40_deeplab_net.ipynb #cdc339de
+# %% ../nbs/40_deeplab_net.ipynb #92c136e5
 def shorter_side(
     image:Image.Image, # photo
     side:int=None, # pixels; None: its own
@@ -89,7 +89,7 @@ def shorter_side(
     if side in (None, min(image.size)): return image
     return image.resize([max(1, round(v*side/min(image.size))) for v in image.size], Image.BICUBIC, reducing_gap=3)
 
-# %% ../nbs/40_deeplab_net.ipynb #a40f5f42
+# %% ../nbs/40_deeplab_net.ipynb #2dbfd612
 @torch.no_grad()
 def predict_mask(
     model:DeepLab, # in eval mode
@@ -102,7 +102,7 @@ def predict_mask(
     logits = F.interpolate(logits, image.size[::-1], mode='bilinear', align_corners=False)
     return logits[0].argmax(0).byte().cpu().numpy()                            # (1,C+1,H,W) -> (H,W)
 
-# %% ../nbs/40_deeplab_net.ipynb #7008aae3
+# %% ../nbs/40_deeplab_net.ipynb #decf3346
 def show_pictures(
     columns:list, # of dicts {title: picture}
     classes:list, # foreground names, for the key of the masks' colours

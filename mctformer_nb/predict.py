@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['class_scores', 'packaged_run', 'load_network', 'class_probabilities', 'find_by_classifier', 'classifier_settings',
-           'check_sources', 'describe_photos', 'write_table', 'predict_photos']
+           'check_sources', 'announce_photos', 'write_table', 'predict_photos']
 
 # %% ../nbs/43_predict.ipynb #pr3d0002
 import csv
@@ -15,20 +15,17 @@ import numpy as np, torch
 from fastcore.basics import AttrDict
 from PIL import Image
 import mctformer_nb
-from .attention import evaluating
+from .attention import check_request, evaluating
 from .core import atomic_path, need, read_json
 from .crf import SEG_CRF
 from .datasets import Dataset
-from .deeplab_net import load_segment
-from .mctformer import load_run
+from .deeplab_net import DeepLab
 from .ranks import local_device
-from .runs import plain, split_options, weights_digest
+from .runs import load_run, plain, split_options, weights_digest
 from .seeds import batch_maps, maps_to_photo
 from .segment import MaskFolder, SegmentViews, find_by_network, photo_dataset, photo_source
 from .stage import attempt
 from .views import input_spec, to_input
-try: from mctformer_nb.attention import check_request
-except ImportError: from mctformer_nb.attention import _check_request as check_request
 
 # %% ../nbs/43_predict.ipynb #pr3d0007
 def packaged_run() -> Path: # run folder
@@ -44,13 +41,9 @@ def load_network(
 ) -> tuple: # network in eval mode, class names, configuration
     "A network that can look at photos. Raises `DataError`."
     if isinstance(run, tuple): return run[0], list(run[1]), {}
-    folder = packaged_run() if run is None else Path(run)
-    file = folder/'config.json'
-    cfg = read_json(file) if file.is_file() else {}
-    kind = cfg.get('kind', 'classifier') if isinstance(cfg, dict) else 'classifier'
-    fits = kind in ('classifier', 'deeplab')
-    need(fits, run, f'is a run of {kind}', 'Give a run of mct_segment_train, or one of mct_train')
-    net, cfg = load_segment(folder) if kind=='deeplab' else load_run(folder)
+    net, cfg = load_run(packaged_run() if run is None else run)
+    looks = isinstance(net, DeepLab) or hasattr(net, 'variant')
+    need(looks, run, f'is a run of {cfg.get("kind")}', 'Give a run of mct_segment_train, or one of mct_train')
     return net, list(cfg['classes']), cfg
 
 # %% ../nbs/43_predict.ipynb #3a762c0b
@@ -117,15 +110,19 @@ def check_sources(
         need(was==now, table, f'is the result of {was}, not of {now}', fix)
 
 # %% ../nbs/43_predict.ipynb #pr3d0016
-def describe_photos(
+def announce_photos(
     ds:Dataset, # photos
-    longest:int=None, # see `predict_photos`
-) -> tuple: # {id: file} of those that got another name, [id] of those that are reduced
-    "What is done to photos besides looking at them"
+    longest:int|None, # longer side to which larger photos are reduced
+    log:Callable, # receives lines
+) -> dict: # renamed: {id: file}, reduced: [id]
+    "What is done to photos besides looking at them is said aloud"
     files = {id: photo_source(ds, id) for id in ds.ids}
     sizes = {id: attempt(ds.size, id, errors=Exception) for id in ds.ids if longest}     # or the problem
     renamed = {id: f for id,f in files.items() if ds.name=='photos' and Path(f).stem!=id.rsplit('/', 1)[-1]}
-    return renamed, [id for id,s in sizes.items() if isinstance(s, tuple) and max(s)>longest]
+    reduced = [id for id,s in sizes.items() if isinstance(s, tuple) and max(s)>longest]
+    for id,file in renamed.items(): log(f'{file}: another photo has this name, the results are called {id}')
+    if reduced: log(f'{len(reduced)} photos reduced to {longest} pixels, their masks enlarged again: {reduced[0]} ...')
+    return dict(renamed=renamed, reduced=reduced)
 
 # %% ../nbs/43_predict.ipynb #pr3d0017
 def write_table(
@@ -148,13 +145,12 @@ def predict_photos(
     out:str|Path, # folder: masks `<id>.png`, `overlays/<id>.jpg`, `scores.csv`
     crf:dict|None=SEG_CRF, # parameters of `dense_crf`; None: no CRF
     longest:int|None=1024, # longer side to which larger photos are reduced; None: never
-    overwrite:bool=False, # write masks anew that exist
     log:Callable=partial(print, flush=True), # receives a line about photos that are reduced or get another name
-    **options, # of `SegmentViews` or `classifier_settings`; device; workers, processes for the CRF
+    **options, # of `SegmentViews` or `classifier_settings`; device; workers, overwrite of `MaskFolder.fill`
 ) -> AttrDict: # of `run_stage`; renamed: {id: file}, reduced: [id]; classes, scores: {id: {class: probability}}
     "Mask, overlay and class probabilities of any photos. Unreadable ones are listed. Raises `DataError`."
     takers = SegmentViews, classifier_settings, local_device, MaskFolder.fill
-    views, how, device, work = split_options(options, *takers, given=('longest', 'overwrite'))
+    views, how, device, work = split_options(options, *takers, given=('longest',))
     net, names, cfg = load_network(run)
     ds, look = photo_dataset(photos, names), find_by_classifier
     if hasattr(net, 'variant'): views = how = classifier_settings(net, cfg, **how)
@@ -163,10 +159,8 @@ def predict_photos(
         look, how = find_by_network, vars(views)
     note = dict(how, longest=longest, crf=plain(crf), classes=names, model=weights_digest(net))
     folder = MaskFolder(out, note, '_predict.json', crf=crf, extras=('overlays', 'scores'))
-    if not overwrite: check_sources(folder, ds)
-    renamed, reduced = describe_photos(ds, longest)
-    for id,file in renamed.items(): log(f'{file}: another photo has this name, the results are called {id}')
-    if reduced: log(f'{len(reduced)} photos are reduced to {longest} pixels, their masks enlarged again: {reduced[0]} ...')
+    if not work['overwrite']: check_sources(folder, ds)
+    about = announce_photos(ds, longest, log)
     with evaluating(net.to(local_device(**device))):
-        report = folder.fill(ds, partial(look, net, names, views), longest, overwrite=overwrite, **work)
-    return AttrDict(report, renamed=renamed, reduced=reduced, classes=names, scores=write_table(folder, names, ds.ids))
+        report = folder.fill(ds, partial(look, net, names, views), longest, **work)
+    return AttrDict(report, **about, classes=names, scores=write_table(folder, names, ds.ids))

@@ -21,13 +21,13 @@ from .core import atomic_path, need, open_mask, overlay, save_mask, write_json
 from .crf import SEG_CRF, dense_crf, refined_mask
 from .datasets import Dataset
 from .deeplab_net import load_segment, show_pictures
+from .photos import find_photos, read_photo, read_photo_size
 from .ranks import local_device
 from .runs import plain, split_options, weights_digest
 from .stage import Output, Work, cores, run_stage
 from .views import InputSpec, input_spec, rgb_tensor
 try: from mctformer_nb.crf import need_pydensecrf
 except ImportError: from mctformer_nb.crf import _pydensecrf as need_pydensecrf
-from .datasets import _photo as read_photo, _photo_files as find_photos, _photo_size as read_photo_size
 
 # %% ../nbs/42_segment.ipynb #5c8b773b
 def window_slices(
@@ -78,7 +78,7 @@ class SegmentViews:
         fine = scales and all(0<s<=8 for s in scales)
         need(fine, 'scales', f'{scales} are not all above 0 and at most 8', 'Give for example 0.5, 1, 1.5')
         enough = self.window is None or self.window>=32
-        need(enough, 'window', f'{self.window} pixels are too few', 'Give at least 32, such as the crop of the training')
+        need(enough, 'window', f'{self.window} pixels are too few', 'Give 32 or more, such as the crop of the training')
         possible = self.image_size is None or self.image_size>=1
         need(possible, 'image size', f'{self.image_size} is not possible', 'Give the shorter side in pixels')
         return replace(self, scales=scales, flip=bool(self.flip))
@@ -269,8 +269,9 @@ def show_masks(
     seen, columns = set(), []
     for id in ids:
         image = ds.image(id)
-        masks = {'ground truth': ds.mask(id) if ds.has_masks else None, 'mask': open_mask(folder/f'{id}.png', image.size[::-1])}
-        masks = {k: m for k,m in masks.items() if m is not None}
+        truth, mask = ds.mask(id), open_mask(folder/f'{id}.png', image.size[::-1])
+        masks = {} if truth is None else {'ground truth': truth}
+        masks['mask'] = mask
         seen |= {v for m in masks.values() for v in np.unique(m).tolist()} - {0, 255}
         columns.append({id: image} | {k: overlay(image, m, .7) for k,m in masks.items()})
     return show_pictures(columns, classes or ds.classes, sorted(seen), side)
