@@ -1,4 +1,4 @@
-"""The dense CRF: `crf_labels` over the classes present and on several processes against one process and all 21 classes; how the cost grows with classes.
+"""The dense CRF: `crf_labels` over the classes present and on several processes against one process and all 21 classes; how the cost grows with classes, and that of PAR in its place.
 
     python benchmarks/crf.py [--photos 24] [--width 320 --height 240] [--workers 1 2] [--classes 1 2 3 5 20] [--json results/bench.json]
 
@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from _common import Report, by_turns, compare, parser
-from mctformer_nb.crf import REFERENCE_ALPHAS, add_background, crf_labels, dense_crf, load_crf_label, save_crf_label
+from mctformer_nb.artifacts import load_crf_label, save_crf_label
+from mctformer_nb.crf import REFERENCE_ALPHAS, add_background, crf_labels, dense_crf
 from mctformer_nb.datasets import Dataset
 from mctformer_nb.mini import draw_scene
+from mctformer_nb.par import par
 
 C, LABELS = 20, {1: 641, 2: 654, 3: 149, 4: 31, 5: 8}                                   # photos of the VOC animals by number of labels
 
@@ -55,8 +57,9 @@ def data_set(a, report):
 
 def by_classes(a, report):
     image = photo(0, a.width, a.height); p = {k: add_background(blobs(0, k, a.width, a.height), 1) for k in a.classes}
-    g = by_turns({k: (lambda k=k: dense_crf(image, p[k])) for k in a.classes}, a.repeats, warm=lambda: None)
-    for k in a.classes: report.add(f'{k} classes and background, {a.width} x {a.height}', {'seconds': float(np.median(g[k]['cpu']))})
+    jobs = {(k, f): (lambda k=k, f=f: f(image, p[k])) for k in a.classes for f in (dense_crf, par)}
+    g, cpu = by_turns(jobs, a.repeats, warm=lambda: None), lambda *key: float(np.median(g[key]['cpu']))
+    for k in a.classes: report.add(f'{k} classes and background, {a.width} x {a.height}', {'seconds': cpu(k, dense_crf), 'seconds, PAR': cpu(k, par)})
 
 def main(a):
     if a.quick: a.photos, a.width, a.height, a.repeats, a.classes, a.workers = 3, 48, 32, 1, [1, 3], [1]

@@ -6,7 +6,7 @@
 2^8 steps are 70 TFLOP for 128 x 128 cells, and hold 2 GB."""
 import torch
 from _common import Report, by_turns, compare, parser
-from mctformer_nb.affinitynet import pair_affinity, pair_offsets
+from mctformer_nb.pairs import pair_affinity, pair_offsets
 from mctformer_nb.random_walk import random_walk
 
 # ---- the dense version, as PSA has it

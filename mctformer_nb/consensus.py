@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['resize_maps', 'hard_labels', 'consensus']
 
-# %% ../nbs/24a_consensus.ipynb #9c0236a8
+# %% ../nbs/24a_consensus.ipynb #2e8f1443
 import numpy as np, torch, torch.nn.functional as F
 from .core import need
 from .crf import refine_probs
 from .par import PAR
 
-# %% ../nbs/24a_consensus.ipynb #a032f7ac
+# %% ../nbs/24a_consensus.ipynb #00608790
 def resize_maps(
     maps:np.ndarray, # (K,H,W)
     size:tuple, # (h,w) wanted
 ) -> np.ndarray: # float32 (K,h,w)
     "Maps, or the colours of a photo, at another size; bilinear"
-    return F.interpolate(torch.as_tensor(np.array(maps, np.float32))[None], size, mode='bilinear', align_corners=False)[0].numpy()
+    maps = torch.from_numpy(np.array(maps, np.float32))
+    return F.interpolate(maps[None], size, mode='bilinear', align_corners=False)[0].numpy()
 
-# %% ../nbs/24a_consensus.ipynb #efbd5e52
+# %% ../nbs/24a_consensus.ipynb #710f6b05
 def hard_labels(
     maps:np.ndarray, # (k,H,W) in [0,1]
     image:np.ndarray, # uint8 (H,W,3), RGB
@@ -32,12 +33,13 @@ def hard_labels(
     small = tuple(max(1, n//shrink) for n in size)                              # (h,w)
     stack = np.concatenate([np.full((1, *size), background, np.float32), np.asarray(maps, np.float32)])    # (k+1,H,W)
     p = np.exp(resize_maps(stack, small))
-    p = p/p.sum(0)                                                              # softmax over background and classes (k+1,h,w)
-    photo = resize_maps(np.moveaxis(np.asarray(image), 2, 0), small).transpose(1, 2, 0).round().astype(np.uint8)       # (H,W,3) -> (3,h,w) -> (h,w,3)
-    if refine: p = refine_probs(photo, [p], refine)[0]
+    p = p/p.sum(0)                                                       # softmax over background and classes (k+1,h,w)
+    if refine:
+        photo = resize_maps(np.moveaxis(np.asarray(image), 2, 0), small)                        # (H,W,3) -> (3,h,w)
+        p = refine_probs(photo.transpose(1, 2, 0).round().astype(np.uint8), [p], refine)[0]     # (3,h,w) -> (h,w,3)
     return resize_maps(p, size).argmax(0)
 
-# %% ../nbs/24a_consensus.ipynb #2ebdffb3
+# %% ../nbs/24a_consensus.ipynb #bfebb0cf
 def consensus(
     maps:np.ndarray, # (k,H,W) in [0,1], of the classes that are present; k may be 0
     image:np.ndarray, # uint8 (H,W,3), RGB
@@ -48,10 +50,11 @@ def consensus(
     shrink:int=2, # the refinement works at 1/shrink of the size (ToCo)
 ) -> np.ndarray: # uint8 (H,W): 0 background, class index + 1, 255 ignored
     "What two background scores agree on. Raises `DataError` for arrays and scores that do not fit."
-    need(0 <= low <= high <= 1, 'consensus', f'thresholds {low} and {high} are not a low and a high one', 'Give two numbers from 0 to 1, for example 0.25 and 0.7')
+    problem = f'thresholds {low} and {high} are not a low and a high one'
+    need(0 <= low <= high <= 1, 'consensus', problem, 'Give two numbers from 0 to 1, for example 0.25 and 0.7')
     maps = np.asarray(maps, np.float32).reshape(-1, *np.shape(image)[:2])
     fg, bg = (hard_labels(maps, image, score, refine, shrink) for score in (high, low))           # (H,W) each
     values = np.append(255, np.arange(len(maps)) + 1 if classes is None else np.asarray(classes) + 1).astype(np.uint8)
-    found = values[fg]                                                          # background by the high score: not certain yet
+    found = values[fg]                                                   # background by the high score: not certain yet
     found[(fg==0) & (bg==0)] = 0
     return found

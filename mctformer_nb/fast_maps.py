@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'affinity_apply', 'one_buffer', 'attend_rows', 'Attenti
            'maps_from_pass', 'localize_kinds', 'localize_fast', 'eight_bits', 'at_precision', 'fast_precisions',
            'choose_precision']
 
-# %% ../nbs/21a_fast_maps.ipynb #d65c3cbd
+# %% ../nbs/21a_fast_maps.ipynb #a941d4af
 import copy, time, warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +24,7 @@ from .other_affinity import OtherAffinity, refine_by_other
 from .views import input_spec
 from .vit import capture_qk
 
-# %% ../nbs/21a_fast_maps.ipynb #b57b5c58
+# %% ../nbs/21a_fast_maps.ipynb #d900f505
 def affinity_apply(
     q:Tensor,    # queries of one layer (B,H,N,d), class tokens first
     k:Tensor,    # keys of the same layer (B,H,N,d)
@@ -44,7 +44,7 @@ def affinity_apply(
             out.append(o.mean(1)[..., :m.shape[1]].transpose(1, 2))         # (B,M,d) -> (B,<=d,M)
     return torch.cat(out, 1)
 
-# %% ../nbs/21a_fast_maps.ipynb #f7cfcba4
+# %% ../nbs/21a_fast_maps.ipynb #8ec836ad
 @contextmanager
 def one_buffer(
     blocks:nn.Sequential, # of the model
@@ -62,7 +62,7 @@ def one_buffer(
     finally:
         for h in handles: h.remove()
 
-# %% ../nbs/21a_fast_maps.ipynb #5ea039b5
+# %% ../nbs/21a_fast_maps.ipynb #e5e30ed3
 @torch.no_grad()
 def attend_rows(
     q:Tensor,     # queries (B,H,N,d)
@@ -89,7 +89,7 @@ def attend_rows(
             if i < top: first[b:b+group, r] = m[:, :top-i]
     return out.view(B, H, N, d).to(q.dtype), first
 
-# %% ../nbs/21a_fast_maps.ipynb #45b86d00
+# %% ../nbs/21a_fast_maps.ipynb #2a1c9f70
 class AttentionSums(TorchFunctionMode):
     "Inside the `with` block some layers `attend_rows`; afterwards `rows[layer]` (B,C,M) and `sums[group]` (B,M,M)"
     def __init__(self,
@@ -113,7 +113,7 @@ class AttentionSums(TorchFunctionMode):
     @property
     def sums(self): return {g: t[:, self.C:, self.C:] for g,t in self.totals.items()} # (B,N,N) -> (B,M,M)
 
-# %% ../nbs/21a_fast_maps.ipynb #23200ea5
+# %% ../nbs/21a_fast_maps.ipynb #1e07e140
 def use_rows(
     model:nn.Module, # an MCTformer
     x:Tensor,        # images (B,3,H,W)
@@ -128,7 +128,7 @@ def use_rows(
     small = N <= 2*model.embed_dim*max(map(len, groups), default=0) # N x N against queries and keys of these layers
     return attention == 'rows' or attention == 'auto' and can and x.device.type == 'cpu' and small
 
-# %% ../nbs/21a_fast_maps.ipynb #51fe3b88
+# %% ../nbs/21a_fast_maps.ipynb #fc13ced0
 @torch.no_grad()
 def attention_pass(
     model:nn.Module,        # an MCTformer
@@ -153,7 +153,7 @@ def attention_pass(
     spread = lambda group, m: sum(one(l, m) for l in group)
     return f, {l: class_to_patch(q[l], k[l], P, scales[l], classes) for l in layers}, spread
 
-# %% ../nbs/21a_fast_maps.ipynb #54a67b22
+# %% ../nbs/21a_fast_maps.ipynb #461d9ea3
 def maps_from_pass(
     model:nn.Module, # an MCTformer
     m:Maps,          # the kind of map
@@ -169,7 +169,7 @@ def maps_from_pass(
     if not m.refine: return maps
     return spread(tuple(range(L-K, L)), maps)/K if m.rule == 'paper' else spread(tuple(range(L)), maps)
 
-# %% ../nbs/21a_fast_maps.ipynb #e2e3a1ca
+# %% ../nbs/21a_fast_maps.ipynb #b926962c
 @torch.no_grad()
 def localize_kinds(
     model:nn.Module,       # an MCTformer, or a baseline
@@ -193,7 +193,7 @@ def localize_kinds(
     found = attention_pass(model, x, idx[0], sorted(layers), sorted(groups), attention)
     return [maps_from_pass(model, m, K, idx[0], found) for m,K in zip(wanted, Ks)]
 
-# %% ../nbs/21a_fast_maps.ipynb #a459ef5f
+# %% ../nbs/21a_fast_maps.ipynb #69dfd890
 def localize_fast(
     model:nn.Module,       # an MCTformer, or a baseline
     x:Tensor,              # images (B,3,H,W), normalised by `input_spec(model)`, H and W multiples of the patch size
@@ -207,10 +207,10 @@ def localize_fast(
     "The maps of `localize`, with less memory and time. Raises `DataError` as that does."
     return localize_kinds(model, x, [Maps(kind, layers, refine, rule)], classes, **options)[0]
 
-# %% ../nbs/21a_fast_maps.ipynb #9d964b3f
+# %% ../nbs/21a_fast_maps.ipynb #2d760348
 PRECISIONS = 'float32', 'bf16', 'fp16', 'int8'
 
-# %% ../nbs/21a_fast_maps.ipynb #a2c553fb
+# %% ../nbs/21a_fast_maps.ipynb #771846e7
 def eight_bits(
     model:nn.Module, # with transformer blocks, on a CPU
 ) -> nn.Module: # a copy in evaluation mode; what is not a block is shared with `model`
@@ -227,7 +227,7 @@ def eight_bits(
     twin._modules = dict(model._modules, blocks=blocks)
     return twin.eval()
 
-# %% ../nbs/21a_fast_maps.ipynb #70182fd9
+# %% ../nbs/21a_fast_maps.ipynb #1ad84995
 @contextmanager
 def at_precision(
     model:nn.Module,          # an MCTformer, or a baseline
@@ -241,7 +241,7 @@ def at_precision(
     else:
         with torch.autocast(next(model.parameters()).device.type, kind): yield model
 
-# %% ../nbs/21a_fast_maps.ipynb #120acd35
+# %% ../nbs/21a_fast_maps.ipynb #9cd38ed9
 def fast_precisions(
     model:nn.Module, # an MCTformer, or a baseline
 ) -> list: # some of `PRECISIONS`
@@ -251,15 +251,15 @@ def fast_precisions(
     bf16 = has('_is_amx_tile_supported') or has('_is_avx512_bf16_supported')
     return ['float32'] + ['bf16']*bf16 + ['int8']*hasattr(model, 'blocks')
 
-# %% ../nbs/21a_fast_maps.ipynb #9d1ac934
+# %% ../nbs/21a_fast_maps.ipynb #1ca514c3
 def choose_precision(
     model:nn.Module,  # an MCTformer, or a baseline
     x:Tensor,         # images (B,3,H,W) as they will come; the first one's corner is used
     seconds:float=.5, # of the trial, about
-    gain:float=.1,    # share of the time that fewer bits must save
+    gain:float=.1,    # share of the time that a step to fewer bits must save
 ) -> str:             # one of `PRECISIONS`
     "The fastest precision for this model on this processor, by trial"
-    names, took, side = fast_precisions(model), {}, 28*model.patch_size
+    names, took, side = fast_precisions(model), {}, 14*model.patch_size
     easy = Maps(getattr(model, 'kinds', ['attn'])[0], 1)
     for p in names if len(names) > 1 else ():
         with at_precision(model, p) as m:
@@ -270,5 +270,6 @@ def choose_precision(
                 start = time.process_time()
                 run()
                 took[p] = min(took[p], time.process_time()-start)
-    best = min(took, key=took.get, default=names[0])
-    return best if best == names[0] or took[best] <= (1-gain)*took[names[0]] else names[0]
+    best = names[0]
+    for p in names[1:]: best = p if took[p] <= (1-gain)*took[best] else best # in the order of fewer bits
+    return best

@@ -6,7 +6,7 @@
 __all__ = ['METHOD_BACKGROUND', 'class_probability', 'photos_with_maps', 'choose_background', 'map_rank', 'deletion_insertion',
            'fill_from_neighbours', 'road_score', 'map_quality', 'quality_table', 'background_costs', 'cost_table']
 
-# %% ../nbs/26_no_masks.ipynb #ab87cc40
+# %% ../nbs/26_no_masks.ipynb #90f43d25
 from collections.abc import Iterator
 from pathlib import Path
 import numpy as np, torch
@@ -20,7 +20,7 @@ from .datasets import Dataset
 from .scores import need, sweep_threshold
 from .seeds import load_seed
 
-# %% ../nbs/26_no_masks.ipynb #fc6c1d4a
+# %% ../nbs/26_no_masks.ipynb #24fdd937
 @torch.no_grad()
 def class_probability(
     model:torch.nn.Module, # classifier: (B,3,H,W) -> logits (B,C) of class tokens and, or None, of patches
@@ -33,7 +33,7 @@ def class_probability(
     with evaluating(model): outs = [model(b.to(p.device, p.dtype)) for b in x.split(batch_size)]
     return torch.cat([torch.stack([s[:, c] for s in o if s is not None]).float().sigmoid().mean(0) for o in outs]).cpu()
 
-# %% ../nbs/26_no_masks.ipynb #dfd8a152
+# %% ../nbs/26_no_masks.ipynb #f3635920
 def photos_with_maps(
     model:torch.nn.Module, # classifier that shall be asked: its patch size matters
     ds:Dataset,            # photos
@@ -49,13 +49,13 @@ def photos_with_maps(
         for c,m in zip(classes.tolist(), torch.tensor(maps).float()):
             yield id, c, x, F.interpolate(m[None, None], x.shape[-2:], mode='bilinear')         # (H,W) -> (1,1,H,W)
 
-# %% ../nbs/26_no_masks.ipynb #26408aec
+# %% ../nbs/26_no_masks.ipynb #aeb5829c
 METHOD_BACKGROUND = dict( # rule of the maps, see `localize` -> the background score of its authors
     reference=.39, # V1 and V2, as PSA
     plus=.45,      # MCTformer+, VOC and COCO
 )
 
-# %% ../nbs/26_no_masks.ipynb #983e622b
+# %% ../nbs/26_no_masks.ipynb #13299253
 def choose_background(
     model:torch.nn.Module, # classifier that is asked
     ds:Dataset,            # photos; their masks, if there are any, are not read
@@ -75,7 +75,7 @@ def choose_background(
     found = dict(thresholds=np.asarray(thresholds), gap=gap, share=share, evidence=gap-share)
     return AttrDict(found, background=float(thresholds[(gap-share).argmax()]))
 
-# %% ../nbs/26_no_masks.ipynb #fae8c251
+# %% ../nbs/26_no_masks.ipynb #60d48303
 def map_rank(
     m:torch.Tensor, # map (1,1,H,W)
 ) -> torch.Tensor:  # (1,1,H,W): share of the pixels that come before, 0 for the highest score
@@ -83,7 +83,7 @@ def map_rank(
     order = m.flatten().argsort(descending=True, stable=True)                            # (HW,)
     return (torch.empty(m.numel()).scatter_(0, order, torch.arange(m.numel())*1.)/m.numel()).view_as(m)
 
-# %% ../nbs/26_no_masks.ipynb #19e4b66d
+# %% ../nbs/26_no_masks.ipynb #1da36be7
 def deletion_insertion(
     model:torch.nn.Module, # classifier that is asked
     x:torch.Tensor,        # photo (1,3,H,W), normalised
@@ -95,7 +95,7 @@ def deletion_insertion(
     top = (map_rank(m) < torch.linspace(0, 1, steps+1).reshape(-1, 1, 1, 1)).float()      # (steps+1,1,H,W)
     return class_probability(model, x*(1-top), c), class_probability(model, x*top, c)
 
-# %% ../nbs/26_no_masks.ipynb #40f63c44
+# %% ../nbs/26_no_masks.ipynb #3fc9c158
 def fill_from_neighbours(
     x:torch.Tensor,     # (1,3,H,W)
     away:torch.Tensor,  # bool (H,W): pixels to fill; not all of them
@@ -112,7 +112,7 @@ def fill_from_neighbours(
     pixels[a] = solved.reshape(-1, 3) + noise*np.random.default_rng(seed).normal(size=(a.sum(), 3))
     return torch.tensor(pixels.T.reshape(x.shape), dtype=x.dtype)                        # (3,HW) -> (1,3,H,W)
 
-# %% ../nbs/26_no_masks.ipynb #2a3fbe0d
+# %% ../nbs/26_no_masks.ipynb #d8506659
 def road_score(
     model:torch.nn.Module,   # classifier that is asked
     x:torch.Tensor,          # photo (1,3,H,W), normalised
@@ -127,7 +127,7 @@ def road_score(
     highest, lowest = class_probability(model, torch.cat([fill_from_neighbours(x, a) for a in away]), c).chunk(2)
     return float((lowest-highest).mean()/2)
 
-# %% ../nbs/26_no_masks.ipynb #b0897781
+# %% ../nbs/26_no_masks.ipynb #8b9710c8
 def map_quality(
     model:torch.nn.Module, # classifier that is asked, the same one for all maps that shall be compared
     ds:Dataset,            # photos; no masks are needed
@@ -144,7 +144,7 @@ def map_quality(
     need(rows, seeds, 'no seed holds a class', 'Give seeds of photos with labels')
     return AttrDict({k: float(np.mean([r[k] for r in rows])) for k in ('deletion', 'insertion', 'road')}, rows=rows)
 
-# %% ../nbs/26_no_masks.ipynb #93d2e049
+# %% ../nbs/26_no_masks.ipynb #c79145fc
 def quality_table(
     first:AttrDict,       # of `map_quality`
     second:AttrDict=None, # of `map_quality` on the same photos, with the same classifier
@@ -161,7 +161,7 @@ def quality_table(
         lines.append(f'{k:12}{a.mean():8.1f}{text}   ({aim} is good)')
     return '\n'.join(lines[second is None:] + [f'{len(both)} maps'])
 
-# %% ../nbs/26_no_masks.ipynb #9aeb4ad8
+# %% ../nbs/26_no_masks.ipynb #aafc26ac
 def background_costs(
     seeds:str|Path,  # folder of `<id>.npz`, or what else `sweep_threshold` takes
     ds:Dataset,      # with masks
@@ -174,10 +174,10 @@ def background_costs(
     published = np.isin(ts, np.arange(60)/100)                       # the oracle is the published sweep's
     best = int(np.where(published, np.nan_to_num(r.miou, nan=-1), -1).argmax())
     at = dict(oracle=best) | {name: int(np.flatnonzero(ts==t)[0]) for name,t in choices.items()}
-    def row(k, i): return dict(choice=k, threshold=float(ts[i]), miou=float(r.miou[i]), cost=float(r.miou[best]-r.miou[i]))
-    return [row(k, i) for k,i in at.items()]
+    def row(k, t, miou): return dict(choice=k, threshold=float(t), miou=float(miou), cost=float(r.miou[best]-miou))
+    return [row(k, ts[i], r.miou[i]) for k,i in at.items()]
 
-# %% ../nbs/26_no_masks.ipynb #c4854c6a
+# %% ../nbs/26_no_masks.ipynb #bb6b6850
 def cost_table(
     rows:list, # of `background_costs`
 ) -> str:      # lines of text

@@ -6,7 +6,7 @@
 __all__ = ['BORDERS', 'pair_offsets', 'shifted', 'pair_starts', 'affinity_labels', 'pair_kinds', 'PairDistance', 'pair_affinity',
            'pair_loss']
 
-# %% ../nbs/29a_pairs.ipynb #bb7fb248
+# %% ../nbs/29a_pairs.ipynb #3c4735e9
 import math
 import numpy as np, torch, torch.nn.functional as F
 from .core import need
@@ -16,7 +16,7 @@ from .ranks import rank_mean
 def pair_offsets(
     radius:int=5, # cells, PSA's value
 ) -> np.ndarray: # int64 (P,2) of (dy,dx), row by row; dy is never negative
-    "Offsets of the neighbours with dx^2 + dy^2 < radius^2, one of each opposite pair. Raises `DataError` for a radius without any."
+    "Neighbours with dx^2 + dy^2 < radius^2, one of each opposite pair. Raises `DataError` for a radius without any."
     need(radius > 1, f'radius {radius}', 'no two cells are nearer than that', 'Use 2 or more, the reference uses 5')
     r = math.ceil(radius)
     dy, dx = np.mgrid[:r, 1-r:r]                                           # both (r,2r-1)
@@ -36,10 +36,10 @@ def shifted(
     here, there = x[..., :rows, left:left+cols], x[..., h-rows:, right:right+cols]
     return here, there, (left, w-left-cols, 0, h-rows)
 
-# %% ../nbs/29a_pairs.ipynb #d70d7d56
+# %% ../nbs/29a_pairs.ipynb #c39c113e
 BORDERS = 'all', 'reference' # which cells start pairs
 
-# %% ../nbs/29a_pairs.ipynb #2a3b20e1
+# %% ../nbs/29a_pairs.ipynb #d575e4d6
 def pair_starts(
     size:tuple, # (h,w) of the grid
     offsets:np.ndarray, # (P,2) from `pair_offsets`
@@ -61,7 +61,8 @@ def affinity_labels(
     stride:int=8, # pixels a cell; cells at the lower and right edge may be cut
 ) -> np.ndarray: # uint8 (h,w): 0 background, class index + 1, 255 ignored
     "What each cell certainly shows"
-    pool = lambda p: F.avg_pool2d(torch.as_tensor(np.asarray(p, np.float32))[None], stride, ceil_mode=True)[0].numpy()   # (k+1,H,W) -> (k+1,h,w)
+    def pool(p): # (k+1,H,W) -> (k+1,h,w)
+        return F.avg_pool2d(torch.as_tensor(np.asarray(p, np.float32))[None], stride, ceil_mode=True)[0].numpy()
     low, high = pool(low), pool(high)
     y = np.append(255, np.asarray(classes)+1).astype(np.uint8)[low.argmax(0)]       # background in `low`: not certain
     y[high.argmax(0)==0] = 0

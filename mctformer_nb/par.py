@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['PAR', 'check_pixels', 'neighbours', 'pixel_weights', 'par']
 
-# %% ../nbs/23a_par.ipynb #1731684a
+# %% ../nbs/23a_par.ipynb #618de583
 from collections.abc import Iterator
 import numpy as np, torch, torch.nn.functional as F
 from .core import need
 
-# %% ../nbs/23a_par.ipynb #fe483a9a
+# %% ../nbs/23a_par.ipynb #28244084
 PAR = dict(iterations=10, dilations=(1, 2, 4, 8, 12, 24)) # ToCo
 
-# %% ../nbs/23a_par.ipynb #bba56cf4
+# %% ../nbs/23a_par.ipynb #67d0f7b6
 def check_pixels(
     image:np.ndarray, # uint8 (H,W,3), RGB
     probs:np.ndarray, # (K,H,W) in [0,1]
@@ -23,12 +23,13 @@ def check_pixels(
     rgb = image.dtype==np.uint8 and image.ndim==3 and image.shape[2]==3
     need(rgb, 'refinement', f'the image is {image.dtype} {image.shape}', 'Give uint8 (H,W,3)')
     fits = probs.ndim==3 and len(probs) and probs.shape[1:]==image.shape[:2]
-    need(fits, 'refinement', f'probabilities {probs.shape} do not fit an image {image.shape}', 'Give (K,H,W) at image size')
-    inside = probs.min() >= 0 and probs.max() <= 1.001                          # false for NaN; half precision may pass 1
+    sizes = f'probabilities {probs.shape} do not fit an image {image.shape}'
+    need(fits, 'refinement', sizes, 'Give (K,H,W) at image size')
+    inside = probs.min() >= 0 and probs.max() <= 1.001                        # false for NaN; half precision may pass 1
     need(inside, 'refinement', 'probabilities leave [0, 1] or are not numbers', 'Check the maps for NaN')
     return image, probs
 
-# %% ../nbs/23a_par.ipynb #583f7716
+# %% ../nbs/23a_par.ipynb #c8ba2bf2
 def neighbours(
     x:torch.Tensor, # (C,H,W)
     dilations:tuple=PAR['dilations'], # distances in pixels
@@ -41,7 +42,7 @@ def neighbours(
             for dx in (-d, 0, d):
                 if dy or dx: yield wide[:, r+dy:r+dy+H, r+dx:r+dx+W]            # (C,H,W)
 
-# %% ../nbs/23a_par.ipynb #eeb52b74
+# %% ../nbs/23a_par.ipynb #e44e945a
 def pixel_weights(
     image:torch.Tensor, # float (3,H,W), any scale
     dilations:tuple=PAR['dilations'], # distances in pixels
@@ -51,11 +52,12 @@ def pixel_weights(
     mean = sum(neighbours(image, dilations))/n                                  # (3,H,W)
     std = (sum((c-mean)**2 for c in neighbours(image, dilations))/(n-1)).sqrt() + 1e-8
     colour = torch.stack([-((c-image)/std/.3).square().mean(0) for c in neighbours(image, dilations)])      # (n,H,W)
-    distance = torch.tensor([d*(2**.5 if k in (0, 2, 5, 7) else 1) for d in dilations for k in range(8)])   # (n,) the corners are further
+    corner = 2**.5
+    distance = torch.tensor([d*k for d in dilations for k in (corner, 1, corner, 1, 1, corner, 1, corner)])  # (n,)
     place = -(distance/distance.std()/.3).square()
     return (colour.softmax(0) + .01*place.softmax(0)[:, None, None])/1.01
 
-# %% ../nbs/23a_par.ipynb #365abc67
+# %% ../nbs/23a_par.ipynb #c71ce796
 @torch.no_grad()
 def par(
     image:np.ndarray, # uint8 (H,W,3), RGB
@@ -65,7 +67,7 @@ def par(
 ) -> np.ndarray: # float32 (K,H,W), weighted means of `probs`
     "Pixel-adaptive refinement. Raises `DataError` for arrays that do not fit."
     image, probs = check_pixels(image, probs)
-    weights = pixel_weights(torch.from_numpy(image).permute(2, 0, 1).float(), dilations)          # (H,W,3) -> (3,H,W) -> (n,H,W)
+    weights = pixel_weights(torch.from_numpy(image).permute(2, 0, 1).float(), dilations) # (H,W,3) -> (3,H,W) -> (n,H,W)
     p = torch.from_numpy(probs)
     for _ in range(iterations): p = sum(w*q for w,q in zip(weights, neighbours(p, dilations)))    # (K,H,W)
     return p.numpy()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_config', 'find_predictions', 'predicted_mask', 'image_scores', 'plot_classes', 'plot_examples', 'Page',
-           'add_training', 'add_scores', 'add_examples', 'add_masks', 'write_run_report']
+           'add_scores', 'add_examples', 'write_run_report']
 
 # %% ../nbs/55_report.ipynb #4f87b9c9
 import base64, html, io
@@ -27,16 +27,17 @@ def run_config(
 ) -> dict: # kind, backbone, classes, metrics, ... as the training wrote them
     "What `config.json` of a run says. Raises `DataError` if the folder is no run"
     file = Path(run)/'config.json'
-    need(file.is_file(), run, 'is not a run folder (no config.json in it)', 'Give the folder that a training wrote as --out')
+    problem = 'is not a run folder (no config.json in it)'
+    need(file.is_file(), run, problem, 'Give the folder that a training wrote as --out')
     return read_json(file)
 
-# %% ../nbs/55_report.ipynb #599d144b
+# %% ../nbs/55_report.ipynb #0770fd51
 def find_predictions(
     run:str|Path, # run folder
     ds:Dataset, # whose images they should be of
     pred:str|Path=None, # folder of seeds or masks; default `seeds` or `masks` in the run, or beside an AffinityNet
 ) -> Path|None: # the folder, None if there is none
-    "The folder of seeds (<id>.npz) or masks (<id>.png) that belongs to a run. `DataError` for a given one without any"
+    "The folder of seeds (<id>.npz) or masks (<id>.png) that belongs to a run. `DataError` for a given one without"
     run = Path(run)
     near = [run/'masks', run/'seeds'] + [run.parent/'masks']*(run_config(run).get('kind')=='affinitynet')
     for folder in [Path(pred)] if pred else near:
@@ -79,7 +80,8 @@ def plot_classes(
     y, left = np.arange(len(names)), np.zeros(len(names))
     fig = new_figure((7, .6 + .22*len(names)), 80)
     ax = fig.subplots()
-    for key,label,color in (('iou', 'IoU', '#2f6fb0'), ('fp', 'too much (FP)', '#f0b26b'), ('fn', 'missing (FN)', '#d9d9d9')):
+    kinds = ('iou', 'IoU', '#2f6fb0'), ('fp', 'too much (FP)', '#f0b26b'), ('fn', 'missing (FN)', '#d9d9d9')
+    for key,label,color in kinds:
         v = np.array([per[c][key] for c in names])
         ax.barh(y, v, left=left, label=label, color=color)
         left += v
@@ -104,12 +106,13 @@ def plot_examples(
     titles:list=None, # text over the photos, default the ids
 ) -> Figure:
     "Photos; below them the ground truth, if there is any; below it the predicted masks"
-    rows = ['photo', 'ground truth', 'prediction'] if any(ds.mask(i) is not None for i in ids) else ['photo', 'prediction']
+    rows = ['photo'] + ['ground truth']*any(ds.mask(i) is not None for i in ids) + ['prediction']
     fig = new_figure((1.7*len(ids), 1.75*len(rows)), 80)
     axs = fig.subplots(len(rows), len(ids), squeeze=False)
     for column,id,title in zip(axs.T, ids, titles or ids):
         found = {'photo': None, 'ground truth': ds.mask(id), 'prediction': predicted_mask(folder, id, threshold)}
-        for ax,row in zip(column, rows): ax.imshow(ds.image(id) if found[row] is None else overlay(ds.image(id), found[row]))
+        for ax,row in zip(column, rows):
+            ax.imshow(ds.image(id) if found[row] is None else overlay(ds.image(id), found[row]))
         column[0].set_title(_drawable(title), fontsize=8)
     for ax,row in zip(axs[:, 0], rows): ax.set_ylabel(row, fontsize=8)
     for ax in axs.flat: ax.set(xticks=[], yticks=[])
@@ -121,13 +124,15 @@ _PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{title}</title><style>
 body{{font:16px/1.55 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}
-h1{{margin-bottom:.2rem}}h2{{margin-top:2.2rem}}table{{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}}
-td,th{{padding:.2rem .9rem;border-bottom:1px solid #ddd;text-align:right}}td:first-child,th:first-child{{text-align:left}}
+h1{{margin-bottom:.2rem}}h2{{margin-top:2.2rem}}
+table{{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}}
+td,th{{padding:.2rem .9rem;border-bottom:1px solid #ddd;text-align:right}}
+td:first-child,th:first-child{{text-align:left}}
 img{{max-width:100%;height:auto}}figure{{margin:1rem 0}}figcaption,.small{{color:#555;font-size:.9rem}}
 .big{{font-size:1.6rem;font-weight:600}}.cards{{display:flex;flex-wrap:wrap;gap:1rem 2.5rem}}
 </style><h1>{title}</h1>{body}</html>'''
 
-# %% ../nbs/55_report.ipynb #2e230f0f
+# %% ../nbs/55_report.ipynb #d7678f47
 class Page:
     "A self-contained HTML page"
     def __init__(self,
@@ -138,8 +143,9 @@ class Page:
         self.parts.append(f'<{tag} class="{css}">{html.escape(str(text))}</{tag}>')
     def cards(self, pairs):
         "Large numbers with their names: (name, text) pairs"
-        def card(k, v): return f'<div><div class="big">{html.escape(v)}</div><div class="small">{html.escape(k)}</div></div>'
-        self.parts.append(f'<div class="cards">{"".join(card(k, v) for k,v in pairs)}</div>')
+        def box(css, text): return f'<div class="{css}">{text}</div>'
+        boxes = [box('', box('big', html.escape(v)) + box('small', html.escape(k))) for k,v in pairs]
+        self.parts.append(box('cards', ''.join(boxes)))
     def table(self, head, rows, summary):
         "A table that unfolds at a click"
         self.parts.append(f'<details><summary>{html.escape(summary)}</summary>{Table(head, rows).html()}</details>')
@@ -154,11 +160,7 @@ class Page:
         return _PAGE.format(title=html.escape(self.title), body=''.join(self.parts))
 
 # %% ../nbs/55_report.ipynb #72d6a580
-def add_training(
-    page:Page, # receives the part
-    run:Path, # run folder
-    config:dict, # of `run_config`
-):
+def _add_training(page, run, config):
     "Last epoch, curves and settings"
     names = dict(valid_loss='validation loss', map_cls='mAP, class tokens (%)', map_patch='mAP, patches (%)',
                  miou='mIoU (%)', affinity_gap='affinity within minus across objects (%)')
@@ -186,8 +188,9 @@ def add_scores(
     fp, fn = (np.asarray(res[k])[res.thresholds==t][0] if seeds else res[k] for k in ('fp', 'fn'))
     scores = {'mIoU (%)': res.best_miou if seeds else res.miou, 'FP (%)': fp, 'FN (%)': fn}
     page.text('Scores', 'h2')
-    page.cards([(k, f'{v:.1f}') for k,v in scores.items()] + [('background threshold', f'{t:.2f}')]*seeds
-               + [('images', str(res.n_images))])
+    cards = [(k, f'{v:.1f}') for k,v in scores.items()]
+    if seeds: cards.append(('background threshold', f'{t:.2f}'))
+    page.cards([*cards, ('images', str(res.n_images))])
     lost = f'{len(res.missing)} images have no prediction, {len(res.bad)} could not be read; they are left out.'
     for w in [lost]*bool(res.missing or res.bad) + [f'Warning: {w}' for w in res.warnings]: page.text(w)
     if seeds:
@@ -199,7 +202,7 @@ def add_scores(
     page.table(['class', 'IoU', 'FP', 'FN'], rows, 'As a table')
     return AttrDict(miou=scores['mIoU (%)'], threshold=t, result=res)
 
-# %% ../nbs/55_report.ipynb #f62a00da
+# %% ../nbs/55_report.ipynb #7e108342
 def add_examples(
     page:Page, # receives the part
     ds:Dataset, # with ground truth
@@ -216,15 +219,8 @@ def add_examples(
         page.figure(plot_examples(ds, folder, ids, threshold, titles), f'{title}: {", ".join(ids)}',
                     'Photo, ground truth and prediction; above each its mean IoU in percent.')
 
-# %% ../nbs/55_report.ipynb #e56c3ad1
-def add_masks(
-    page:Page, # receives the part
-    run:Path, # run folder
-    ds:Dataset, # without ground truth
-    folder:Path, # of seeds or masks
-    n:int, # images to show
-    ask:int=0, # photos on which a classifier judges its own seeds, see `map_quality`
-):
+# %% ../nbs/55_report.ipynb #8c0fe086
+def _add_masks(page, run, ds, folder, n, ask):
     "Masks without a truth to compare them with, and what the classifier says about its maps"
     ids = [i for i in ds.ids if predicted_mask(folder, i) is not None][:n]
     page.text('Masks', 'h2')
@@ -252,10 +248,10 @@ def write_run_report(
     variant = config.get('variant', 'run')
     kind = config.get('kind') or (f'MCTformer-{variant.upper()}' if variant in ('v1', 'v2') else variant)
     page.text(f"{kind} with {config.get('backbone', '')}; classes: {', '.join(map(str, config.get('classes', [])))}")
-    add_training(page, run, config)
+    _add_training(page, run, config)
     if ds is None: page.text(f'Scores and images: mct_report {run} --data KIND:PATH', css='small')
     elif not folder: page.text(f'There are no seeds or masks of {ds.name} {ds.split} in this run yet.')
-    elif not ds.has_masks: add_masks(page, run, ds, folder, 2*n, ask)
+    elif not ds.has_masks: _add_masks(page, run, ds, folder, 2*n, ask)
     else:
         res = add_scores(page, ds, folder)
         bad = dict(res.result.bad)

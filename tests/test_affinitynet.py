@@ -5,8 +5,8 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from torch import nn
 from mctformer_nb.affinitynet import AffinityCrops, AffinityNet, load_affinity, predict_affinity, train_affinity
+from mctformer_nb.artifacts import save_crf_label
 from mctformer_nb.core import DataError
-from mctformer_nb.crf import save_crf_label
 
 class Squares:
     "Photos of one bright square; classes in turn"
@@ -34,7 +34,7 @@ def write_labels(folder, ds=Squares(), ids=None):
     return folder
 
 def train(labels, out, ds=Squares(), **kw):
-    args = dict(backbone=TwoLayers(), epochs=4, crop=40, batch_size=4, width=4, holdout=.2, device='cpu')
+    args = dict(recipe='momentum', backbone=TwoLayers(), epochs=4, crop=40, batch_size=4, width=4, holdout=.2, device='cpu')
     return train_affinity(labels, ds, out=out, **{**args, **kw})
 
 def die_at(name, times):
@@ -115,14 +115,14 @@ def test_labels_without_contrast_give_no_nan(tmp_path, value):
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     labels = write_labels(tmp_path/'labels'); run = train(labels, tmp_path/'run', epochs=4); want = result(run)
-    import mctformer_nb.affinitynet as m
+    import mctformer_nb.runs as m
     def full(*a): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(m, 'save_file', full)
     with pytest.raises(OSError): train(labels, tmp_path/'full')
     assert not (tmp_path/'full'/'model.safetensors').exists() and not list((tmp_path/'full').glob('**/.tmp-*'))
     monkeypatch.undo(); got = result(train(labels, tmp_path/'full')); assert got[0]==want[0]
 
-@pytest.mark.parametrize('kw,says', [(dict(crop=42), 'multiple of the stride 8'), (dict(holdout=1), 'share'), (dict(crops=1), 'crops: unknown'), (dict(radius=1), 'radius 1')])
+@pytest.mark.parametrize('kw,says', [(dict(crop=42), 'multiple of the stride 8'), (dict(holdout=1), 'share'), (dict(crops=1), 'crops: unknown'), (dict(radius=1), 'radius 1'), (dict(recipe='best'), 'recipe'), (dict(border='none'), 'border'), (dict(border='reference'), '5 x 5 cells')])
 def test_options_that_cannot_be(tmp_path, kw, says):
     with pytest.raises(DataError, match=says): train(write_labels(tmp_path/'labels'), tmp_path/'run', **kw)
 
@@ -130,6 +130,30 @@ def test_options_that_cannot_be(tmp_path, kw, says):
 def test_backbones_of_other_strides(name, size):
     with torch.no_grad(): f = AffinityNet(name, width=8).eval()(torch.randn(1, *size))
     assert f.shape==(1, 56, -(-size[1]//8), -(-size[2]//8)) and f.isfinite().all()
+
+def test_reference_recipe_is_the_published_run(tmp_path):
+    "Momentum in the place of the decay, real decay, nothing held out, 32 bits, conv1 and block 2 as they were, pairs of inner cells"
+    run = train(write_labels(tmp_path/'labels'), tmp_path/'run', recipe='reference', epochs=1, holdout=0, crop=80)
+    net, cfg = load_affinity(run, TwoLayers()); t = cfg['train']
+    assert (t['momentum'], t['weight_decay'], t['holdout'], t['amp'], t['border'], t['lr'], t['power'], t['bias_mult']) == (5e-4, 5e-4, 0, 'off', 'reference', .01, .9, 2)
+    assert net.border=='reference' and np.isnan(pd.read_csv(run/'history.csv').valid_loss).all()
+    from mctformer_nb.affinitynet import AFFINITY_RECIPES, CropOptions, FitOptions
+    r = AFFINITY_RECIPES['reference']; assert FitOptions().momentum==r['momentum'] and FitOptions().amp==r['amp'] and CropOptions().holdout==r['holdout']     # the defaults of the parts
+
+def test_frozen_layers_of_resnet38_are_the_published_ones():
+    import timm, mctformer_nb.resnet38
+    from mctformer_nb.affinitynet import freeze_stem
+    net = timm.create_model('mct_resnet38', features_only=True, output_stride=8); freeze_stem(net, 2)
+    frozen = {n for n,p in net.named_parameters() if not p.requires_grad}; first = {n for n,m in net.named_modules() if isinstance(m, nn.Conv2d) and n.split('.')[0] in ('conv1', 'b2')}
+    assert {n.rsplit('.', 1)[0] for n in frozen}==first and 'conv1' in first and len(first)==8          # conv1, three blocks of two, a shortcut
+
+def test_photos_enter_as_the_backbone_wants_them(tmp_path):
+    from mctformer_nb.views import InputSpec
+    class Half(TwoLayers): input_spec = InputSpec((.5,)*3, (.5,)*3)
+    labels = write_labels(tmp_path/'labels'); run = train(labels, tmp_path/'run', backbone=Half(), epochs=1)
+    net, cfg = load_affinity(run, Half()); assert net.input_spec.mean==(.5,)*3 and cfg['input']['mean']==[.5]*3
+    seen = []; net.backbone.register_forward_pre_hook(lambda m, x: seen.append(x[0])); predict_affinity(net, Squares().image(0))
+    rgb = torch.from_numpy(np.array(Squares().image(0))).permute(2, 0, 1).float()/255; assert torch.allclose(seen[0][0], 2*rgb-1, atol=1e-6)
 
 if __name__=='__main__':
     die_at('resume.pt', 4)                                                          # the first is written before the training

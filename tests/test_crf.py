@@ -4,7 +4,7 @@ import numpy as np, pytest
 pytest.importorskip('pydensecrf.densecrf')
 import mctformer_nb.crf as C
 from mctformer_nb.core import DataError
-from mctformer_nb.crf import crf_labels, dense_crf, load_crf_label, run_pool
+from mctformer_nb.crf import crf_labels, dense_crf, load_crf_label
 from mctformer_nb.datasets import get_dataset
 
 def make_seeds(folder, ds, seed=0):
@@ -22,9 +22,9 @@ def contents(folder): return {p.name: p.read_bytes() for p in sorted(folder.iter
 SLOW_RUN = '''
 import sys, time; sys.path[:0] = [sys.argv[1], sys.argv[1]+'/tests']
 import test_crf as t, mctformer_nb.crf as c
-one = c._label_one
+one = c.write_label
 def slowly(*a): time.sleep(.3); return one(*a)
-c._label_one = slowly
+c.write_label = slowly
 c.crf_labels(sys.argv[2], t.data(), sys.argv[3], workers=2)
 '''
 
@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
     np.savez(f[4], classes=np.array([0]), maps=m*np.float16('nan')); np.savez(f[5], classes=np.array([0, 1]), maps=m)
     r = crf_labels(seeds, ds, tmp_path/'out', workers=1)
     assert r.written == 1 and [id for id,_ in r.bad] == list(ds.ids[:6])
-    for (id,problem),part in zip(r.bad, ('no seed of this image', 'readable', 'the photo is (48, 48)', 'not all below 8', 'not numbers', 'not maps of 2 classes')):
+    for (id,problem),part in zip(r.bad, ('no seed of this image', 'readable', 'the photo 48 x 48', 'class 8 is not one of the 8', 'not numbers', '1 maps for 2 classes')):
         assert part in problem and f'{id}.npz' in problem
     make_seeds(seeds, ds)                                                         # mended: only these are done
     r = crf_labels(seeds, ds, tmp_path/'out', workers=1); assert (r.written, r.skipped, r.bad) == (6, 1, [])
@@ -91,34 +91,47 @@ def test_labels_of_other_seeds_are_refused(tmp_path):
     ds = data(2); seeds = make_seeds(tmp_path/'seeds', ds); note = seeds/'_seeds.json'
     note.write_text('{"layers": 3}'); crf_labels(seeds, ds, tmp_path/'out', workers=1)
     note.write_text('{"layers": 12}')
-    with pytest.raises(DataError, match='holds files of another run.*seeds was'): crf_labels(seeds, ds, tmp_path/'out', workers=1)
+    with pytest.raises(DataError, match='holds labels of another run.*seeds was'): crf_labels(seeds, ds, tmp_path/'out', workers=1)
     assert crf_labels(seeds, ds, tmp_path/'out', workers=1, overwrite=True).written == 2
     note.write_text('{"classes": ["cat", "dog"]}')
-    with pytest.raises(DataError, match='seeds of the classes cat, dog'): crf_labels(seeds, ds, tmp_path/'x', workers=1)
+    with pytest.raises(DataError, match='of the classes cat, dog'): crf_labels(seeds, ds, tmp_path/'x', workers=1)
 
-def test_missing_package_stops_at_once(tmp_path, monkeypatch):
+def test_missing_package_is_told_and_par_goes_on(tmp_path, monkeypatch, capfd):
     ds = data(2); seeds = make_seeds(tmp_path/'seeds', ds)
     monkeypatch.setitem(sys.modules, 'pydensecrf.densecrf', None)
-    with pytest.raises(DataError, match='pip install pydensecrf2'): crf_labels(seeds, ds, tmp_path/'out')
+    with pytest.raises(DataError, match='pip install pydensecrf2'): crf_labels(seeds, ds, tmp_path/'out', refiner='crf')
     assert not (tmp_path/'out').exists()
+    assert crf_labels(seeds, ds, tmp_path/'out', workers=1).written == 2
+    said = [l for l in capfd.readouterr().err.splitlines() if 'PAR' in l]; assert len(said) == 1 and 'pydensecrf is not installed' in said[0]
+    monkeypatch.undo(); crf_labels(seeds, ds, tmp_path/'par', workers=1, refiner='par'); assert contents(tmp_path/'par') == contents(tmp_path/'out')
+    with pytest.raises(DataError, match='holds labels of another run'): crf_labels(seeds, ds, tmp_path/'out', workers=1)      # never two kinds in one folder
+
+@pytest.mark.parametrize('refiner', ['crf', 'par'])
+def test_any_number_of_processes_writes_the_same(tmp_path, refiner):
+    ds = data(5); seeds = make_seeds(tmp_path/'seeds', ds)
+    for n in (1, 2): crf_labels(seeds, ds, tmp_path/str(n), workers=n, refiner=refiner)
+    assert contents(tmp_path/'1') == contents(tmp_path/'2')
 
 def _full(path, *a, **kw): raise OSError(28, 'No space left on device')
 
 @pytest.mark.parametrize('workers', [1, 2])
 def test_disk_errors_are_not_swallowed(tmp_path, monkeypatch, workers):
     ds = data(3); seeds = make_seeds(tmp_path/'seeds', ds)
-    monkeypatch.setattr(C, '_label_one', _no_space)
+    monkeypatch.setattr(C, 'write_label', _no_space)
     with pytest.raises(OSError, match='No space'): crf_labels(seeds, ds, tmp_path/'out', workers=workers)
     assert not list((tmp_path/'out').glob('*.npz'))
 
 def _no_space(*a):
     C.np.savez_compressed = _full                                                 # the disk fills up in the middle of a file
-    try: return _label_one(*a)
+    try: return _write_label(*a)
     finally: C.np.savez_compressed = _savez
-_label_one, _savez = C._label_one, np.savez_compressed
+_write_label, _savez = C.write_label, np.savez_compressed
 
-def test_lost_worker_is_explained(tmp_path):
-    with pytest.raises(DataError, match='fewer workers'): list(run_pool(os._exit, [3]*4, 2))
+def _die(*a): os._exit(3)
+
+def test_lost_worker_is_explained(tmp_path, monkeypatch):
+    ds = data(4); seeds = make_seeds(tmp_path/'seeds', ds); monkeypatch.setattr(C, 'write_label', _die)
+    with pytest.raises(DataError, match='fewer workers'): crf_labels(seeds, ds, tmp_path/'out', workers=2)
 
 def test_exchanging_classes_exchanges_rows():
     rng = np.random.default_rng(0); image, p = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8), rng.random((4, 20, 30))
@@ -131,3 +144,23 @@ def test_readonly_and_odd_layouts():
     want = dense_crf(np.array(im), p)
     assert (dense_crf(im, p) == want).all() and (dense_crf(np.asarray(im), np.asfortranarray(p)) == want).all()
     assert (dense_crf(np.asarray(im)[:, ::-1], p[..., ::-1])[..., ::-1].argmax(0) == want.argmax(0)).mean() > .95
+
+def test_par_moves_a_boundary_to_the_edge_and_keeps_the_rest():
+    from mctformer_nb.par import par
+    for w,cut,off in ((40, 20, 26), (64, 32, 20), (30, 11, 15)):
+        image = np.full((24, w, 3), 60, np.uint8); image[:, cut:] = (180, 90, 220); p = np.zeros((2, 24, w), np.float32); p[0, :, :off] = 1; p[1] = 1-p[0]
+        found = par(image, p); assert ((found[0] > found[1]) == (np.arange(w) < cut)).all()
+        assert abs(found.sum(0)-1).max() < 1e-5 and found.min() >= 0 and found.max() <= 1+1e-5
+    rng = np.random.default_rng(0); image, p = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8), rng.random((3, 20, 30))
+    assert abs(par(image, .3*p+.2*p[[1, 0, 2]])-(.3*par(image, p)+.2*par(image, p)[[1, 0, 2]])).max() < 1e-6             # linear, every row for itself
+    assert abs(par(image[:, ::-1], p[..., ::-1])[..., ::-1]-par(image, p)).max() < 1e-5                                # no side is better
+
+def test_consensus_of_thresholds():
+    from mctformer_nb.consensus import consensus
+    rng = np.random.default_rng(0); image, maps = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8), rng.random((2, 24, 32))
+    for how in (None, dict(iterations=3, dilations=(1, 2))):
+        assert 255 not in consensus(maps, image, .5, .5, how)
+        wide, narrow = consensus(maps, image, .2, .8, how), consensus(maps, image, .4, .6, how)
+        assert ((wide==narrow) | (wide==255)).all() and (wide==255).sum() > (narrow==255).sum()      # the further apart, the more is open, and nothing changes sides
+    exact = consensus(maps, image, .3, .6, None, classes=[3, 7], shrink=1); best, top = maps.argmax(0), maps.max(0)
+    assert (exact == np.where(top > .6, np.array([4, 8])[best], np.where(top < .3, 0, 255))).all()

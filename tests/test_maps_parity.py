@@ -16,7 +16,7 @@ def reference_state(kind, seed=0):
     "Random values under the key names of the reference, large enough for sharp attention"
     g = torch.Generator().manual_seed(seed); r = lambda *shape, std=.08: std*torch.randn(*shape, generator=g)
     sd = {'cls_token': r(1, C, D, std=1), 'patch_embed.proj.weight': r(D, 3, P, P, std=.04), 'patch_embed.proj.bias': r(D)}
-    if kind == 'plus': sd |= {'pos_embed_cls': r(1, C, D, std=.5), 'pos_embed_pat': r(1, G*G, D, std=.5)}
+    if kind == 'plus': sd |= {'pos_embed_cls': r(1, C, D, std=.5), 'pos_embed_pat': r(1, G*G, D, std=.5), 'pos_embed': r(1, 197, D, std=.5)} # the last one unused
     else: sd['pos_embed'] = r(1, C+G*G, D, std=.5)
     for i in range(L):
         b = f'blocks.{i}.'
@@ -29,8 +29,10 @@ def reference_state(kind, seed=0):
 def forward(sd, x):
     "Output tokens (B,C+M,D), grid, and the attention probabilities (B,H,N,N) of every layer"
     B, _, Y, X = x.shape; h, w = Y//P, X//P
-    cls_pos, pat_pos = (sd['pos_embed_cls'], sd['pos_embed_pat']) if 'pos_embed_cls' in sd else sd['pos_embed'].split([C, G*G], 1)
-    if (h, w) != (G, G): pat_pos = F.interpolate(pat_pos.reshape(1, G, G, D).permute(0, 3, 1, 2), (h, w), mode='bicubic').flatten(2).mT
+    plus = 'pos_embed_cls' in sd; more = 0 if plus else .1 # V1 and V2 add .1 before they divide
+    cls_pos, pat_pos = (sd['pos_embed_cls'], sd['pos_embed_pat']) if plus else sd['pos_embed'].split([C, G*G], 1)
+    factor = (h+more)/G, (w+more)/G
+    if (h, w) != (G, G): pat_pos = F.interpolate(pat_pos.reshape(1, G, G, D).permute(0, 3, 1, 2), scale_factor=factor, mode='bicubic').flatten(2).mT
     patches = F.conv2d(x, sd['patch_embed.proj.weight'], sd['patch_embed.proj.bias'], stride=P).flatten(2).mT # (B,M,D)
     t = torch.cat([(sd['cls_token']+cls_pos).repeat(B, 1, 1), patches+pat_pos], 1); attns = []
     for i in range(L):

@@ -2,11 +2,12 @@
 import json, os, signal, subprocess, sys, time
 import numpy as np, pytest, torch
 from PIL import Image
-from mctformer_nb.affinitynet import AffinityNet, pair_affinity, predict_affinity, pair_offsets
+from mctformer_nb.affinitynet import AffinityNet, predict_affinity
+from mctformer_nb.artifacts import save_seed
 from mctformer_nb.core import DataError, open_mask, save_mask
 from mctformer_nb.datasets import get_dataset
+from mctformer_nb.pairs import pair_affinity, pair_offsets, pair_starts
 from mctformer_nb.random_walk import make_masks, random_walk, walked_mask
-from mctformer_nb.seeds import save_seed
 
 torch.set_num_threads(1)
 NAMES = ['cat', 'dog', 'cow']
@@ -151,7 +152,7 @@ def test_bad_seeds_and_photos_are_listed(data, tmp_path):
     r = make_masks(seeds, by_brightness, ds, tmp_path/'out')
     assert [i for i,_ in r.bad] == [f'p{i:02d}' for i in (1, 2, 4, 5, 6, 7)] and r.written == 14
     say = dict(r.bad)
-    for id,word in dict(p01='no such file', p02='seed file', p04='photo 56 x 33', p05='class 3', p06='p06.png', p07='p07.png').items(): assert word in say[id], say[id]
+    for id,word in dict(p01='no seed of this image', p02='seed file', p04='photo 56 x 33', p05='class 3', p06='p06.png', p07='p07.png').items(): assert word in say[id], say[id]
     again = make_masks(seeds, by_brightness, ds, tmp_path/'out'); assert (again.written, again.skipped, len(again.bad)) == (0, 14, 6)
 
 def test_bad_affinity_is_listed(data, tmp_path):
@@ -166,15 +167,15 @@ def test_what_cannot_work(data, tmp_path):
     scores = tmp_path/'s.json'; scores.write_text(json.dumps(dict(miou=3)))
     (tmp_path/'empty').mkdir()
     for kw,word in [(dict(seeds_folder=tmp_path/'none'), 'no such folder'), (dict(seeds_folder=tmp_path/'empty'), 'has no seed'), (dict(background=1.5), 'outside'), (dict(background=scores), 'best_threshold'),
-                    (dict(background=tmp_path/'none.json'), 'none.json'), (dict(alpha=-1), 'alpha'), (dict(beta=-1), 'beta'), (dict(steps=.5), 'steps'), (dict(ds=ds.subset([])), 'no images')]:
+                    (dict(background=tmp_path/'none.json'), 'none.json'), (dict(alpha=-1), 'alpha'), (dict(beta=-1), 'beta'), (dict(steps=.5), 'steps'), (dict(stride=.5, strides=8), 'strides: unknown'), (dict(border='no'), 'border'), (dict(ds=ds.subset([])), 'has no seed')]:
         with pytest.raises(DataError, match=word): go(**kw)
     (seeds/'_seeds.json').write_text(json.dumps(dict(classes=['fox'])))
-    with pytest.raises(DataError, match='other classes'): go()
+    with pytest.raises(DataError, match='of the classes fox'): go()
     assert not (tmp_path/'x').exists()
 
 def test_settings_are_not_mixed(data, tmp_path):
     ds, seeds = data; out = tmp_path/'out'; make_masks(seeds, by_brightness, ds, out); before = contents(out)
-    for change in (dict(background=.4), dict(alpha=4), dict(beta=9), dict(steps=9), dict(stride=4), dict(net=lambda im: by_brightness(im))):
+    for change in (dict(background=.4), dict(alpha=4), dict(beta=9), dict(steps=9), dict(stride=4), dict(border='reference'), dict(net=lambda im: by_brightness(im))):
         with pytest.raises(DataError, match='another run'): make_masks(**(dict(seeds_folder=seeds, net=by_brightness, ds=ds, out=out) | change))
     (seeds/'_seeds.json').write_text(json.dumps(dict(layers=3)))                # the seeds were written anew
     with pytest.raises(DataError, match='seeds was'): make_masks(seeds, by_brightness, ds, out)
@@ -194,3 +195,16 @@ def test_full_disk_is_not_swallowed(data, tmp_path, monkeypatch):
     monkeypatch.setattr(w, 'save_mask', full); ds, seeds = data
     with pytest.raises(OSError, match='No space'): make_masks(seeds, by_brightness, ds, tmp_path/'out')
     assert not list((tmp_path/'out').glob('*.png'))
+
+def test_border_as_the_network_was_trained(data, tmp_path):
+    ds, seeds = data; torch.manual_seed(0); net, same = AffinityNet(TwoConvs(), border='reference').eval(), AffinityNet(TwoConvs()).eval(); same.load_state_dict(net.state_dict())
+    for name,n,kw in (('own', net, {}), ('said', same, dict(border='reference')), ('all', same, {}), ('other', net, dict(border='all'))): make_masks(seeds, n, ds, tmp_path/name, device='cpu', **kw)
+    assert contents(tmp_path/'own')==contents(tmp_path/'said') and contents(tmp_path/'all')==contents(tmp_path/'other')
+    assert json.loads((tmp_path/'own/_masks.json').read_text())['affinity'].endswith(', border reference')
+    a = predict_affinity(net, ds.image('p03')); assert torch.equal(a, predict_affinity(same, ds.image('p03'))*torch.from_numpy(pair_starts(a.shape[1:], net.offsets)))
+
+def test_refined_by_either(data, tmp_path):
+    from mctformer_nb.par import PAR
+    ds, seeds = data; r = make_masks(seeds, by_brightness, ds, tmp_path/'par', crf=PAR); assert (r.written, r.bad) == (20, [])
+    r = make_masks(seeds, by_brightness, ds, tmp_path/'par', crf='par'); assert r.skipped == 20                          # the same by its name
+    with pytest.raises(DataError, match='crf was'): make_masks(seeds, by_brightness, ds, tmp_path/'par')

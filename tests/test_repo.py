@@ -62,7 +62,7 @@ def test_imports_point_backwards(nb):
         assert not wrong, f'imports {wrong}, which this or a later notebook exports'
 
 STDLIB = set(sys.stdlib_module_names)
-DISTS = dict(PIL='pillow', sklearn='scikit-learn', pydensecrf='pydensecrf2', mpl_toolkits='matplotlib', dateutil='python-dateutil')
+DISTS = dict(PIL='pillow', sklearn='scikit-learn', skimage='scikit-image', pydensecrf='pydensecrf2', mpl_toolkits='matplotlib', dateutil='python-dateutil')
 
 def requirement_names(extras=True):
     text = ' '.join(v for k,v in CFG.items() if k=='requirements' or extras and k.endswith('_requirements') and k!='dev_requirements')

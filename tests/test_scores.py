@@ -86,3 +86,45 @@ def test_one_bad_mask_among_good_ones_is_named(files, break_it, text):
     folder, ds = files; break_it(folder/'005.png')
     with pytest.raises(DataError) as e: score_masks(folder, ds)
     assert '005' in str(e.value) and text in str(e.value)
+
+# ---- never wrong without a word
+
+PERFECT = np.repeat(np.uint8([[0, 0, 1, 2, 3, 255]]), 4, 0)                 # (4,6), three classes
+
+class Labelled:
+    "Perfect masks of classes a, b, c beside image labels that name `named`"
+    classes = list('abc')
+    def __init__(self, named, masks=3*[PERFECT]): self.named, self.masks, self.ids = named, masks, [str(i) for i in range(len(masks))]
+    def mask(self, i): return self.masks[i]
+    def labels(self, i): return np.array([self.classes.index(c) for c in self.named], np.int64)
+
+def test_masks_without_any_class_are_an_error_not_a_hundred():
+    for value in (0, 255):
+        empty = np.uint8([[0, value], [value, 0]])
+        with pytest.raises(DataError, match='no foreground class has a pixel'): score_masks([(0*empty, empty)], ['cat'])
+        with pytest.raises(DataError, match='no foreground class has a pixel'): sweep_threshold([([], np.zeros((0,2,2)), empty)], ['cat'])
+    assert score_masks([(0*PERFECT, PERFECT)], list('abc')).miou == pytest.approx(100*(8/20)/4)     # 8 of 20 pixels are background
+
+def test_other_class_order_is_said():
+    order = np.array([0, 2, 3, 1] + 252*[255], np.uint8)                    # a -> b -> c -> a
+    assert score_masks({str(i): PERFECT%255 for i in range(3)}, Labelled('abc')).warnings == []
+    turned = score_masks({str(i): order[PERFECT]%255 for i in range(3)}, Labelled('abc')).warnings
+    assert len(turned) == 1 and 'share no class' in turned[0]
+    unnamed = score_masks({str(i): PERFECT%255 for i in range(3)}, Labelled('a')).warnings
+    assert len(unnamed) == 1 and '3 of 3 masks' in unnamed[0] and '(b, c)' in unnamed[0]
+    assert scores.score_table(score_masks({str(i): PERFECT%255 for i in range(3)}, Labelled('a'))).splitlines()[-1].startswith('warning: 3 of 3')
+
+def test_labels_that_cannot_be_read_do_not_stop_a_score():
+    ds = Labelled('abc'); ds.labels = lambda i: (_ for _ in ()).throw(DataError('x.xml', 'is not valid', 'Copy it again'))
+    assert score_masks({str(i): PERFECT%255 for i in range(3)}, ds).warnings == []
+
+def test_absent_classes_count_zero_only_when_asked():
+    rng = np.random.default_rng(5); item = seed(rng, 4, 3, (16,16)); item[2][item[2]>4] = 0
+    names = [f'c{i}' for i in range(20)]
+    for f in (lambda n, **k: sweep_threshold([item], names[:n], **k), lambda n, **k: fixed_threshold([item], names[:n], .3, **k),
+              lambda n, **k: score_masks([(seed_to_mask(*item[:2], .3), item[2])], names[:n], **k)):
+        few, out, zero = f(4), f(20), f(20, absent='zero')
+        np.testing.assert_allclose(np.asarray(zero.miou)*21, np.asarray(few.miou)*5)
+        np.testing.assert_allclose(out.miou, few.miou)
+        assert zero.absent == 'zero' and ' -' in scores.score_table(out) and ' -' not in scores.score_table(zero)
+    with pytest.raises(DataError, match="'zero'"): f(20, absent='none')

@@ -91,6 +91,25 @@ def target_labels(root):
     good = [b'image,labels\na.png,cat;dog\nb c.png,dog\nd.e,cat\n', b'\xef\xbb\xbflabels,image,note\r\n"cat",a.png,x\r\n', b'image,labels\n"a.png","cat;\ndog"\n']
     return good, 'labels.csv', lambda p: both_ways(lambda how: use(folder_dataset(root, 'all', on_bad=how)))
 
+def target_tables(root):
+    "labels in other forms: one column a class, lists, separators of spreadsheets; without a list of classes"
+    from mctformer_nb.datasets import folder_dataset
+    (root/'images').mkdir(); [photo().save(root/f'images/{n}.png') for n in ('a', 'b c', 'd.e')]
+    good = [b'filename,cat,dog\na.png,1,0\nb c.png,0,1\n', b'File Name;Tags\r\na.png;cat,dog\r\n"b c.png";none\r\n', 'image\tlabels\na\tcat|dog\n'.encode('utf-16'), b'image,labels\na,"[\'cat\', \'dog\']"\nd.e,"[]"\n', b'image,class,x\na,cat,1\na,dog,2\n']
+    return good, 'labels.csv', lambda p: both_ways(lambda how: use(folder_dataset(root, 'all', on_bad=how)))
+
+def target_vectors(root):
+    "cls_labels.npy of other code bases"
+    from mctformer_nb.datasets import folder_dataset
+    (root/'images').mkdir(); [photo().save(root/f'images/{n}.png') for n in 'ab']
+    return [arrays(np.save, arr=np.array({'a': np.eye(20, dtype=np.float32)[3], 'b': np.zeros(20, np.float32)}, dtype=object), allow_pickle=True)], 'cls_labels.npy', lambda p: use(folder_dataset(root, 'all'))
+
+def target_colours(root):
+    "labelmap.txt beside masks in colours"
+    from mctformer_nb.datasets import folder_dataset
+    (root/'images').mkdir(); (root/'masks').mkdir(); photo().save(root/'images/a.png'); photo(mode='1').convert('RGB').save(root/'masks/a.png'); (root/'labels.csv').write_text('image,labels\na,cat\n')
+    return [b'# label:color_rgb:parts:actions\nbackground:0,0,0::\ncat:255,255,255::\n'], 'labelmap.txt', lambda p: use(folder_dataset(root, 'all'))
+
 def target_classes(root):
     from mctformer_nb.datasets import folder_dataset
     (root/'images').mkdir(); photo().save(root/'images/a.png'); (root/'labels.csv').write_text('image,labels\na,cat\n')
@@ -140,8 +159,9 @@ def target_label(root):
 
 def target_photo(root):
     from mctformer_nb.core import image_size, open_image
+    from mctformer_nb.images import photo_formats
     exif = photo().getexif(); exif[0x0112] = 6
-    good = [saved(photo(), format=f) for f in ('JPEG', 'PNG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')] + [saved(photo(), format='JPEG', exif=exif), saved(photo(mode='CMYK'), format='JPEG'), saved(photo(mode='P'), format='PNG'), saved(photo(mode='RGBA'), format='PNG')]
+    good = [saved(photo(), format=f) for f in photo_formats() if f!='HEIF'] + [saved(photo(), format='JPEG', exif=exif), saved(photo(mode='CMYK'), format='JPEG'), saved(photo(mode='P'), format='PNG'), saved(photo(mode='RGBA'), format='PNG')]
     def read(p):
         try: image_size(p)
         except DataError: pass
@@ -150,7 +170,7 @@ def target_photo(root):
 
 def target_mask(root):
     from mctformer_nb.core import open_mask
-    return [saved(photo(mode=m), format='PNG') for m in ('L', 'P', '1')], 'a.png', lambda p: open_mask(p, (16, 16))
+    return [saved(photo(mode=m), format='PNG') for m in ('L', 'P', '1')] + [saved(photo(mode='1').convert('RGB'), format='PNG'), saved(photo(mode='L'), format='TIFF'), saved(photo(mode='1').convert('L'), format='JPEG')], 'a.png', lambda p: open_mask(p, (16, 16))
 
 def tiny_state():
     import torch
