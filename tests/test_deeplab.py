@@ -3,10 +3,12 @@ import errno, os, signal, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
-from mctformer_nb import deeplab
+from torch import nn
+from mctformer_nb import runs
 from mctformer_nb.core import DataError, save_mask, write_json
 from mctformer_nb.datasets import get_dataset
-from mctformer_nb.deeplab import DeepLab, load_segment, predict_mask, save_segment, train_segment
+from mctformer_nb.deeplab import DeepLab, SegmentLoss, load_segment, predict_mask, save_segment, segment_learner, segment_loaders, train_segment
+from mctformer_nb.views import InputSpec
 
 SIZES = [(40, 56), (56, 40), (33, 47)]                     # (H,W)
 
@@ -74,7 +76,7 @@ def test_learns_and_predicts_at_photo_size(data, undisturbed):
     assert np.isclose(cfg['metrics']['miou'], np.mean(list(cfg['iou'].values())), atol=1e-3)
 
 def test_other_masks_are_refused(data, undisturbed, tmp_path):
-    with pytest.raises(DataError, match='weight_decay was None, now 0.1'): train(data, undisturbed, weight_decay=.1)
+    with pytest.raises(DataError, match='weight_decay was 0.0, now 0.1'): train(data, undisturbed, weight_decay=.1)
     ds = get_dataset(f'folder:{data}', 'all')
     for id in ds.ids: save_mask(tmp_path/f'{id}.png', np.zeros(ds.size(id)[::-1], np.uint8))
     with pytest.raises(DataError, match='data was .*13 images.*now .*14 images'): train(data, undisturbed, masks=tmp_path)
@@ -105,7 +107,7 @@ def test_failing_disk_leaves_the_old_files(tmp_path, monkeypatch):
     net = DeepLab(2, 'test_efficientnet', width=4, dilation=1); save_segment(net, tmp_path, ['a', 'b'])
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
     def full(tensors, path): Path(path).write_bytes(b'half'); raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(deeplab, 'save_file', full)
+    monkeypatch.setattr(runs, 'save_file', full)
     with pytest.raises(OSError, match='No space'): save_segment(DeepLab(2, 'test_efficientnet', width=4, dilation=1), tmp_path, ['a', 'b'])
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()}==before
 
@@ -115,11 +117,42 @@ def test_checkpoints_of_other_networks(tmp_path):
     (tmp_path/'a/model.safetensors').write_bytes((tmp_path/'b/model.safetensors').read_bytes())
     with pytest.raises(DataError, match='a/model.safetensors: missing: .*unexpected: .*Use a file of the same architecture'): load_segment(tmp_path/'a')
     write_json(tmp_path/'b/config.json', dict(kind='affinitynet'))
-    with pytest.raises(DataError, match='the run of another network .affinitynet'): load_segment(tmp_path/'b')
+    with pytest.raises(DataError, match='is the run of another network .affinitynet'): load_segment(tmp_path/'b')
     write_json(tmp_path/'a/config.json', {k: v for k,v in cfg.items() if k!='width'})
     with pytest.raises(DataError, match='width missing'): load_segment(tmp_path/'a')
     (tmp_path/'a/model.safetensors').write_bytes(b'short'); write_json(tmp_path/'a/config.json', cfg)
     with pytest.raises(DataError, match='model.safetensors: cannot be read'): load_segment(tmp_path/'a')
+
+def test_reference_recipe_is_the_published_loop(data, tmp_path):
+    "SGD with the weight decay in the place of the momentum, conv1a frozen, rates x 10 for the head, poly 0.9, 32 bits: written out"
+    ds, kw = get_dataset(f'folder:{data}', 'all'), dict(crop=32, batch_size=4, seed=3)
+    def start(): torch.manual_seed(0); return DeepLab(1, 'test_resnet', width=8, dilation=2)
+    model = start(); dls = segment_loaders(None, ds, **kw); learn = segment_learner(dls, model)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    net = start(); first = next(m for m in net.backbone.modules() if isinstance(m, nn.Conv2d)).weight; kept = first.detach().clone(); first.requires_grad_(False)
+    ours = [p for n,p in net.named_parameters() if not n.startswith('head.') and p.requires_grad]; head = list(net.head.parameters())
+    groups = [dict(params=ours, lr=7e-4), dict(params=head, lr=7e-3)]; opt = torch.optim.SGD(groups, 7e-4, 1e-5)         # (lr, momentum)
+    loader, loss, step = segment_loaders(None, ds, **kw).train, SegmentLoss(), 0; net.train()
+    for epoch in range(2):
+        loader.sampler.epoch = 0                            # a bare Learner does not move the epoch of its loader
+        for x, y in loader:
+            for g,base in zip(opt.param_groups, (7e-4, 7e-3)): g['lr'] = base*(1-step/(2*len(loader)))**.9
+            opt.zero_grad(); loss(net(x), y).backward(); opt.step(); step += 1
+    for (n,p),q in zip(model.named_parameters(), net.parameters()): torch.testing.assert_close(p, q, msg=lambda m: f'{n}: {m}')
+    assert torch.equal(first, kept) and not torch.equal(head[0], start().head[0].weight)
+
+class Half(nn.Module):
+    "A backbone whose weights want photos in [-1, 1]"
+    channels, strides, input_spec = [6], [4], InputSpec((.5,)*3, (.5,)*3)
+    def __init__(self): super().__init__(); self.conv = nn.Conv2d(3, 6, 4, 4)
+    def forward(self, x): self.seen = x.detach(); return [self.conv(x).relu()]
+
+def test_mean_and_deviation_of_the_backbone(data, tmp_path):
+    net = Half(); run = train(data, tmp_path/'run', backbone=net, epochs=1)
+    assert -1<=net.seen.min() and net.seen.max()<=1         # ImageNet's mean would reach from -2.1 to 2.6
+    model, cfg = load_segment(run, backbone=Half()); assert cfg['input']['mean']==[.5]*3 and model.input_spec==Half.input_spec and cfg['backbone']=='custom'
+    predict_mask(model, Image.new('RGB', (32, 32), 'white')); assert model.backbone.seen.unique().tolist()==[1]
+    with pytest.raises(DataError, match='a module of your own'): load_segment(run)
 
 if __name__=='__main__':
     data, out, name, times = sys.argv[1:]; die_at(name, int(times)); train(data, Path(out))

@@ -15,7 +15,7 @@ from mctformer_nb.other_affinity import class_boxes, sinkhorn
 from mctformer_nb.random_walk import random_walk
 from mctformer_nb.scores import confusion, iou_fp_fn, seed_to_mask, sweep_threshold
 from mctformer_nb.seeds import load_seed, save_seed
-from mctformer_nb.segment import _windows
+from mctformer_nb.segment import window_slices
 from mctformer_nb.vit import resize_pos
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], derandomize=True)
@@ -160,7 +160,7 @@ def test_minmax_of_every_map(m):
 @given(st.integers(1, 300), st.integers(32, 200))
 def test_windows_cover_every_pixel(n, window):
     seen = np.zeros(n, int)
-    for s in _windows(n, window): assert 0<=s.start<s.stop<=n and s.stop-s.start<=window and s.start%8==0; seen[s] += 1
+    for s in window_slices(n, window): assert 0<=s.start<s.stop<=n and s.stop-s.start<=window and s.start%8==0; seen[s] += 1
     assert seen.min()>=1
 
 @quick

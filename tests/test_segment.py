@@ -5,6 +5,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 import mctformer_nb.segment as S
+from mctformer_nb import predict, voc_server
 from mctformer_nb.core import DataError, open_mask, save_mask, set_seed
 from mctformer_nb.datasets import get_dataset
 from mctformer_nb.mctformer import MCTformer
@@ -28,9 +29,9 @@ def photos(folder, n=5, size=(40, 30)):
 SLOW_RUN = '''
 import sys, time; sys.path[:0] = [sys.argv[1], sys.argv[1]+'/tests']
 import test_segment as t, mctformer_nb.segment as s
-one = s._deeplab_view
-def slowly(*a): time.sleep(.2); return one(*a)
-s._deeplab_view = slowly
+one = s.class_probs
+def slowly(*a, **kw): time.sleep(.2); return one(*a, **kw)
+s.class_probs = slowly
 s.segment_dataset(t.run(), t.data(), sys.argv[2], scales=(.5, 1), overlays=True, workers=2)
 '''
 
@@ -87,15 +88,15 @@ def test_memory_error_is_one_photo_less(tmp_path, monkeypatch):
     assert r.written == 2 and r.bad[0][0] == 'large/p0' and '--window' in r.bad[0][1]
 
 def test_disk_errors_are_not_swallowed(tmp_path, monkeypatch):
-    import mctformer_nb.crf as C
     def full(*a): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(C, 'save_mask', full)
+    monkeypatch.setattr(S, 'save_mask', full)
     with pytest.raises(OSError, match='No space'): segment_dataset(run(), data(2), tmp_path, (1,), workers=1)
     assert not list(tmp_path.glob('*.png'))
 
 def test_other_runs_and_folders(tmp_path):
     (tmp_path/'aff').mkdir(); (tmp_path/'aff/config.json').write_text(json.dumps(dict(kind='affinitynet')))
-    with pytest.raises(DataError, match='is a run of affinitynet'): segment_dataset(tmp_path/'aff', data(1), tmp_path/'x')
+    with pytest.raises(DataError, match='another network .affinitynet'): segment_dataset(tmp_path/'aff', data(1), tmp_path/'x')
+    with pytest.raises(DataError, match='is a run of affinitynet'): predict_photos(tmp_path/'aff', photos(tmp_path/'some', 1), tmp_path/'x')
     with pytest.raises(DataError, match='config.json'): predict_photos(tmp_path/'none', photos(tmp_path/'photos'), tmp_path/'x')
     with pytest.raises(DataError, match='has the classes'): segment_dataset((make_net(C=3), ['a', 'b', 'c']), data(1), tmp_path/'x')
     with pytest.raises(DataError, match='scales'): segment_dataset(run(), data(1), tmp_path/'x', scales=(0, 1))
@@ -138,6 +139,40 @@ def test_same_name_of_two_photos(tmp_path):
     with pytest.raises(DataError, match='not of .*b/p0.png'): predict_photos(run(), b/'p0.png', tmp_path/'out', scales=(1,), workers=1)
     assert predict_photos(run(), b/'p0.png', tmp_path/'out', scales=(1,), workers=1, overwrite=True).written == 1
 
+def test_every_photo_of_one_name_has_its_result(tmp_path):
+    "Three photos, one of them already named like the second of two"
+    for d,name,size in (('a', 'cat.png', (20, 30)), ('b', 'cat.png', (21, 30)), ('c', 'cat_2.png', (22, 30)), ('d', 'CAT.png', (23, 30))):
+        (tmp_path/d).mkdir(); Image.new('RGB', size).save(tmp_path/d/name)
+    files, said = sorted(tmp_path.glob('?/*.png')), []
+    r = predict_photos(run(), files, tmp_path/'out', scales=(1,), workers=1, log=said.append)
+    sizes = {p.stem: open_mask(p).shape[1] for p in (tmp_path/'out').glob('*.png')}
+    assert r.written == 4 and sorted(sizes.values()) == [20, 21, 22, 23] and len({n.casefold() for n in sizes}) == 4
+    assert set(r.renamed) == set(sizes)-{'cat'} and len(said) == 3 and all(any(str(f) in line for line in said) for f in files[1:])
+    again = predict_photos(run(), files, tmp_path/'out', scales=(1,), workers=1, log=said.append); assert (again.written, again.skipped) == (0, 4)
+
+def test_large_photos_are_said(tmp_path):
+    d, said = photos(tmp_path/'photos', 2), []; photos(tmp_path/'photos/large', 1, (80, 60))
+    r = predict_photos(run(), d, tmp_path/'out', longest=50, scales=(1,), workers=1, log=said.append)
+    assert r.reduced == ['large/p0'] and len(said) == 1 and '50 pixels' in said[0] and 'large/p0' in said[0]
+    assert open_mask(tmp_path/'out/large/p0.png').shape == (60, 80) and Image.open(tmp_path/'out/overlays/large/p0.jpg').size == (50, 38)
+    r = predict_photos(run(), d, tmp_path/'whole', longest=None, scales=(1,), workers=1, log=said.append); assert r.reduced == [] and len(said) == 1
+
+def test_network_of_the_package(tmp_path, monkeypatch):
+    "Without a run: the packaged one, its weights in half precision; a clear error where there is none"
+    from safetensors.torch import load_file, save_file
+    from mctformer_nb.deeplab_net import DeepLab, save_segment
+    monkeypatch.setattr(predict.mctformer_nb, '__file__', str(tmp_path/'pkg/__init__.py')); d = photos(tmp_path/'photos', 1)
+    with pytest.raises(DataError, match='holds no network for photos.*--run'): predict_photos(None, d, tmp_path/'out')
+    home = tmp_path/'pkg/data/animals'; save_segment(DeepLab(2, 'test_resnet', width=4, dilation=1), home, ['cat', 'dog'])
+    save_file({k: v.half() if v.is_floating_point() else v for k,v in load_file(home/'model.safetensors').items()}, home/'model.safetensors')
+    r = predict_photos(None, d, tmp_path/'out', scales=(1,), workers=1); assert r.classes == ['cat', 'dog'] and r.written == 1
+
+def test_names_that_moved():
+    import mctformer_nb.segment as segment
+    assert segment.class_scores is predict.class_probabilities and segment.predict_photos is predict.predict_photos and segment.voc_archive is voc_server.voc_archive
+    with pytest.raises(AttributeError, match='no attribute .nothing'): segment.nothing
+    with pytest.raises(ImportError): from mctformer_nb.segment import nothing
+
 def archive_args(tmp_path):
     ids = [f'2008_{i:06d}' for i in range(4)]
     for i,id in enumerate(ids): save_mask(tmp_path/f'masks/{id}.png', np.full((5, 6), i, np.uint8))
@@ -153,7 +188,7 @@ def test_archive_is_complete_or_not_there(tmp_path, monkeypatch):
     (m/f'{a["ids"][1]}.png').write_bytes(good[:60]); refused(a['ids'][1])
     (m/f'{a["ids"][1]}.png').write_bytes(good)
     with monkeypatch.context() as mp:
-        mp.setattr(S, '_server_png', lambda *a: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+        mp.setattr(voc_server, 'server_png', lambda *a: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
         with pytest.raises(OSError): voc_archive(**a)
     assert not list(tmp_path.glob('*.tar*'))
     Image.fromarray(np.full((5, 6), 1, np.uint8)).save(m/f'{a["ids"][1]}.png')                      # grey is repaired
