@@ -57,8 +57,7 @@ def coco_entries(
     panoptic = any(isinstance(e, dict) and 'segments_info' in e for e in js[part][:1])
     need(not panoptic, file, 'is a panoptic file (segments_info), not one of objects',
          'Use the file instances_*.json of the same data set')
-    fields = COCO_FIELDS[part]
-    good = []
+    fields, good = COCO_FIELDS[part], []
     for n,e in enumerate(js[part]):
         e = e if isinstance(e, dict) else {}
         if part=='annotations': e.setdefault('id', n)

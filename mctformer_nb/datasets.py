@@ -190,7 +190,7 @@ def show_batch(self:Dataset,
 def compare_masks(
     ds:Dataset, # with masks
     ids:list, # images to look at
-)->tuple: # int (3,256): masks with a value, those with known labels, those with its label; number of masks; is 255 there?
+)->tuple: # int (3,256): masks with a value, those with known labels, those with its label; masks; is 255 there?
     "How often masks hold a value, and how often the image labels name the class of that value"
     counts, seen, ignored = np.zeros((3, 256), int), 0, False
     for id in ids:
@@ -296,8 +296,7 @@ def mask_colours(
 # %% ../nbs/02_datasets.ipynb #fcc537d1
 def coco_dataset(
     path:str|Path, # folder with annotations/instances_*.json and the photos in train2014/, val2014/
-    split:str='train',
-    # 'train' | 'val' mean the 2014 release if it is there, else that of 2017; 'val2017' and the like work too
+    split:str='train', # 'train' | 'val': of 2014 if it is there, else of 2017; or a name such as 'val2017'
     crowd:str='ignore', # pixels of crowds: 'ignore' (255) or 'paint' (the class)
     keep_unlabelled:bool=None, # keep images without label? default: not in train
     on_bad:str='raise', # an entry of the file that cannot be used: 'raise', or 'skip' it and note it in `bad`

@@ -75,8 +75,7 @@ def rle_to_mask(
 def export_coco(
     masks:str|Path, # folder of `<id>.png`
     ds:Dataset, # its photos and classes
-    path:str|Path,
-    # JSON file to write; `annotations/instances_NAME.json` beside the photos in `NAME/` is a data set for `coco:`
+    path:str|Path, # JSON file; `coco:` reads `annotations/instances_NAME.json` beside the photos in `NAME/`
 ) -> dict: # what was written: images, categories, annotations
     "Masks of a data set as a COCO file with RLE, one annotation a class and photo"
     images, found = [], []
