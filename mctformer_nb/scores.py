@@ -249,7 +249,7 @@ def _notes(conf, notes):
 
 # %% ../nbs/23_scores.ipynb #ec9af561
 def sweep_threshold(
-    seeds:str|Path|dict|Iterable,            # folder of `<id>.npz`; or (classes (k,), maps (k,H,W), mask (H,W)), iterable
+    seeds:str|Path|dict|Iterable,            # folder of `<id>.npz`, or iterable: classes (k,), maps (k,H,W), mask (H,W)
     ds:object,                               # `Dataset` with masks; for an iterable the foreground names are enough
     thresholds:np.ndarray=np.arange(60)/100, # increasing background scores; the published protocol is 0.00-0.59 by 0.01
     classes:list|None=None,                  # names: means (and the best threshold) over background + these only
