@@ -26,7 +26,6 @@ from .voc import annotated_labels, find_voc, prepare_voc, read_sbd_mask, read_vo
 
 # %% ../nbs/02_datasets.ipynb #e23f1716
 # older spellings
-_photo, _photo_size, _photo_files, _file_mask = read_photo, read_photo_size, find_photos, read_mask_file
 
 # %% ../nbs/02_datasets.ipynb #869d1502
 @dataclass

@@ -12,7 +12,8 @@ from PIL import Image
 from .attention import evaluating, minmax, to_input
 from .core import new_figure, overlay, progress
 from .datasets import Dataset
-from .scores import confusion, iou_fp_fn, need, seed_to_mask
+from .core import need
+from .scores import confusion, iou_fp_fn, seed_to_mask
 from .seeds import load_seed
 from .vit import capture_qk
 

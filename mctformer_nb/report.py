@@ -17,7 +17,8 @@ from .datasets import Dataset
 from .learner import plot_history
 from .mctformer import load_run
 from .no_masks import map_quality
-from .scores import confusion, iou_fp_fn, need, plot_sweep, score_masks, seed_to_mask, sweep_threshold
+from .core import need
+from .scores import confusion, iou_fp_fn, plot_sweep, score_masks, seed_to_mask, sweep_threshold
 from .seeds import load_seed
 from .tables import Table
 

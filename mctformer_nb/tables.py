@@ -11,7 +11,7 @@ import datetime, html, os, platform, statistics, subprocess, sys
 from pathlib import Path
 import mctformer_nb
 from .core import read_json, write_json
-from .scores import need
+from .core import need
 
 # %% ../nbs/50_tables.ipynb #a2e5ceff
 def current_commit() -> str|None: # short hash, with `+changes` if modules differ from it; None without git
