@@ -219,6 +219,7 @@ class MeanIoU(Metric):
         self.conf += confusion(logits.argmax(1).cpu().numpy(), target.cpu().numpy(), self.n)             # (B,H,W) both
     @property
     def per_class(self): return iou_fp_fn(self.conf)['iou']                     # (C+1,)
+    def named(self, classes): return dict(zip(['background', *classes], self.per_class))
     @property
     def value(self): return float(iou_fp_fn(self.conf)['miou'])
     @property
@@ -361,8 +362,7 @@ def train_segment(
         learners.append(segment_learner(dls, model, **learning))
         return learners[-1]
     def save(model, folder, **config):
-        iou = learners[-1].metrics[0].per_class if valid else ()
-        save_segment(model, folder, **config, iou=dict(zip(['background', *ds.classes], iou)) or None)
+        save_segment(model, folder, **config, iou=valid and learners[-1].metrics[0].named(ds.classes))
     config = dict(classes=list(ds.classes), crop=load['crop'], image_size=load['image_size'], train=settings)
     return fit_run(out, epochs, settings, make, save, config, best='miou' if valid else None, seed=seed, **run)
 

@@ -17,7 +17,7 @@ from PIL import Image
 import mctformer_nb
 from .attention import check_request, evaluating
 from .core import atomic_path, need, read_json
-from .crf import SEG_CRF
+from .crf import SEG_CRF, refinement
 from .datasets import Dataset
 from .deeplab_net import DeepLab
 from .ranks import local_device
@@ -143,7 +143,7 @@ def predict_photos(
     run:str|Path|tuple|None, # of a segmentation network or a classifier, see `load_network`
     photos:str|Path|list, # files, a file, or a folder
     out:str|Path, # folder: masks `<id>.png`, `overlays/<id>.jpg`, `scores.csv`
-    crf:dict|None=SEG_CRF, # parameters of `dense_crf`; None: no CRF
+    crf:str|dict|None='auto', # `SEG_CRF` (reference), PAR where it cannot be had; or as in `refinement`; None: no CRF
     longest:int|None=1024, # longer side to which larger photos are reduced; None: never
     log:Callable=partial(print, flush=True), # receives a line about photos that are reduced or get another name
     **options, # of `SegmentViews` or `classifier_settings`; device; workers, overwrite of `MaskFolder.fill`
@@ -152,7 +152,7 @@ def predict_photos(
     takers = SegmentViews, classifier_settings, local_device, MaskFolder.fill
     views, how, device, work = split_options(options, *takers, given=('longest',))
     net, names, cfg = load_network(run)
-    ds, look = photo_dataset(photos, names), find_by_classifier
+    ds, crf, look = photo_dataset(photos, names), refinement(crf, SEG_CRF), find_by_classifier
     if hasattr(net, 'variant'): views = how = classifier_settings(net, cfg, **how)
     else:
         views = SegmentViews(**views | dict(image_size=views['image_size'] or cfg.get('image_size'))).check()

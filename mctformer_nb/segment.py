@@ -18,7 +18,7 @@ from PIL import Image
 from .artifacts import is_complete
 from .attention import evaluating
 from .core import atomic_path, need, open_mask, overlay, save_mask, write_json
-from .crf import SEG_CRF, dense_crf, refined_mask
+from .crf import SEG_CRF, dense_crf, refined_mask, refinement
 from .datasets import Dataset
 from .deeplab_net import load_segment, show_pictures
 from .photos import find_photos, read_photo, read_photo_size
@@ -26,8 +26,6 @@ from .ranks import local_device
 from .runs import plain, split_options, weights_digest
 from .stage import Output, Work, cores, run_stage
 from .views import InputSpec, input_spec, rgb_tensor
-try: from mctformer_nb.crf import need_pydensecrf
-except ImportError: from mctformer_nb.crf import _pydensecrf as need_pydensecrf
 
 # %% ../nbs/42_segment.ipynb #5c8b773b
 def window_slices(
@@ -167,7 +165,7 @@ class MaskFolder(Output):
     "Masks that the CRF finishes; beside them overlays of the photos, and probabilities of the classes"
     suffix:str='.png'
     what:str='masks'
-    crf:dict|None=None # parameters of `dense_crf`; None: no CRF
+    crf:dict|None=None # parameters of the CRF, from `refinement`; None: no CRF
     extras:tuple=() # of 'overlays', 'scores'
     def __post_init__(self): self.complete = self.is_done
     def beside(self, path): # mask -> {extra: its file}
@@ -203,7 +201,6 @@ def fill(self:MaskFolder,
     overwrite:bool=False, # write masks anew that exist
 ) -> AttrDict: # folder; written, skipped: counts; bad: [(id, problem)]; seconds
     "Write a mask for every photo. Raises `DataError`."
-    if self.crf: need_pydensecrf()
     def read(id):
         image = ds.image(id)
         size, side = image.size, max(image.size)                                                      # (W,H)
@@ -233,14 +230,14 @@ def segment_dataset(
     out:str|Path, # folder of masks, `<id>.png`
     scales:tuple=SCALES, # reference
     flip:bool=False, # mirror images too
-    crf:dict|None=SEG_CRF, # parameters of `dense_crf`; None: no CRF
+    crf:str|dict|None='auto', # `SEG_CRF` (reference), PAR where it cannot be had; or as in `refinement`; None: no CRF
     overlays:bool=False, # also `overlays/<id>.jpg`
     **options, # window, image_size of `SegmentViews` (default as in training); device; workers, overwrite of `fill`
 ) -> AttrDict: # folder; written, skipped: counts; bad: [(id, problem)]; classes; seconds
     "Write a mask for every photo. Existing ones are skipped, unreadable photos listed. Raises `DataError`."
     takers, given = (SegmentViews, local_device, MaskFolder.fill), ('scales', 'flip', 'longest')
     views, device, work = split_options(options, *takers, given=given)
-    views = SegmentViews(scales, flip, **views).check()
+    views, crf = SegmentViews(scales, flip, **views).check(), refinement(crf, SEG_CRF)
     net, cfg = (run[0], dict(classes=run[1])) if isinstance(run, tuple) else load_segment(run)
     names, size = list(cfg['classes']), views.image_size or cfg.get('image_size')
     ds = ds if isinstance(ds, Dataset) else photo_dataset(ds, names)

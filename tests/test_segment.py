@@ -6,7 +6,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 import mctformer_nb.segment as S
 from mctformer_nb import predict, voc_server
+from mctformer_nb.affinitynet import AffinityNet, save_affinity
 from mctformer_nb.core import DataError, open_mask, save_mask, set_seed
+from mctformer_nb.crf import SEG_CRF
 from mctformer_nb.datasets import get_dataset
 from mctformer_nb.mctformer import MCTformer
 from mctformer_nb.mini import mini_classes
@@ -94,7 +96,7 @@ def test_disk_errors_are_not_swallowed(tmp_path, monkeypatch):
     assert not list(tmp_path.glob('*.png'))
 
 def test_other_runs_and_folders(tmp_path):
-    (tmp_path/'aff').mkdir(); (tmp_path/'aff/config.json').write_text(json.dumps(dict(kind='affinitynet')))
+    save_affinity(AffinityNet('resnet10t'), tmp_path/'aff')
     with pytest.raises(DataError, match='another network .affinitynet'): segment_dataset(tmp_path/'aff', data(1), tmp_path/'x')
     with pytest.raises(DataError, match='is a run of affinitynet'): predict_photos(tmp_path/'aff', photos(tmp_path/'some', 1), tmp_path/'x')
     with pytest.raises(DataError, match='config.json'): predict_photos(tmp_path/'none', photos(tmp_path/'photos'), tmp_path/'x')
@@ -106,10 +108,12 @@ def test_other_runs_and_folders(tmp_path):
     with pytest.raises(DataError, match='model was'): segment_dataset(run(1), data(2), tmp_path/'out', (1,), workers=1)
     assert segment_dataset(run(1), data(2), tmp_path/'out', (1,), workers=1, overwrite=True).written == 2
 
-def test_missing_crf_stops_at_once_and_is_not_needed_without(tmp_path, monkeypatch):
+def test_missing_crf_is_replaced_or_stops_at_once(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, 'pydensecrf.densecrf', None)
-    with pytest.raises(DataError, match='pip install pydensecrf2'): segment_dataset(run(), data(1), tmp_path/'x')
+    with pytest.raises(DataError, match='pip install pydensecrf2'): segment_dataset(run(), data(1), tmp_path/'x', crf=SEG_CRF)
     assert not (tmp_path/'x').exists() and segment_dataset(run(), data(1), tmp_path/'out', crf=None).written == 1
+    assert segment_dataset(run(), data(2), tmp_path/'par', (1,)).written == 2 and 'PAR' in capfd.readouterr().err
+    note = json.loads((tmp_path/'par/_segment.json').read_text()); assert 'dilations' in note['crf']
 
 def test_windows_see_every_pixel_of_any_size():
     net = make_net(); x = torch.randn(1, 3, 65, 131)
@@ -142,7 +146,7 @@ def test_same_name_of_two_photos(tmp_path):
 def test_every_photo_of_one_name_has_its_result(tmp_path):
     "Three photos, one of them already named like the second of two"
     for d,name,size in (('a', 'cat.png', (20, 30)), ('b', 'cat.png', (21, 30)), ('c', 'cat_2.png', (22, 30)), ('d', 'CAT.png', (23, 30))):
-        (tmp_path/d).mkdir(); Image.new('RGB', size).save(tmp_path/d/name)
+        photos(tmp_path/d, 1, size); (tmp_path/d/'p0.png').rename(tmp_path/d/name)
     files, said = sorted(tmp_path.glob('?/*.png')), []
     r = predict_photos(run(), files, tmp_path/'out', scales=(1,), workers=1, log=said.append)
     sizes = {p.stem: open_mask(p).shape[1] for p in (tmp_path/'out').glob('*.png')}
