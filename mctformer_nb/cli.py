@@ -52,7 +52,7 @@ def quick_recipe(
     return {'train': dict(DEMO_RECIPE, epochs=30, batch_size=8), 'affinity': dict(DEMO_SECOND['affinity'], epochs=10),
             'segment': dict(DEMO_SECOND['train'], epochs=30, batch_size=8)}[stage]
 
-# %% ../nbs/60_cli.ipynb #eec92366
+# %% ../nbs/60_cli.ipynb #5123640a
 def fill_recipe(
     a:argparse.Namespace, # parsed arguments, changed in place; a.recipe is the recipe taken
     stage:str, # 'train' | 'affinity' | 'segment'
@@ -70,7 +70,7 @@ def fill_recipe(
 RECIPE = arg('--recipe', choices=['reference', 'quick'],
     help="defaults of the other options: the reference's, or a small network for drawn data (default: reference, quick for mini)")
 
-# %% ../nbs/60_cli.ipynb #3f8d93f8
+# %% ../nbs/60_cli.ipynb #2456fe6a
 TRAIN_ARGS = [
     *data_args(), RECIPE,
     arg('--valid-split', help='part of the data for loss and mAP after each epoch (default: none)'),
@@ -322,15 +322,14 @@ def mct_info(a):
     variants = [a.variant] if a.variant else ['v1', 'v2']
     if a.json: a.outcome = {v: complexity(MCTformer(a.num_classes, v, a.backbone), a.image_size) for v in variants}
 
-# %% ../nbs/60_cli.ipynb #3984ebd8
+# %% ../nbs/60_cli.ipynb #f3764253
 def class_list(
     text:str, # names separated by commas, or a file with one name a line
 ) -> list: # of names
     "Names of classes; files of any common encoding are read"
     if not Path(text).is_file(): return [n.strip() for n in text.split(',') if n.strip()]
-    raw = Path(text).read_bytes()
-    wide = raw.startswith((b'\xff\xfe', b'\xfe\xff'))                       # as Windows editors save "Unicode"
-    return [n.strip() for n in raw.decode('utf-16' if wide else 'utf-8-sig').splitlines() if n.strip()]
+    from mctformer_nb.core import read_text
+    return [n.strip() for n in read_text(text).splitlines() if n.strip()]
 
 # %% ../nbs/60_cli.ipynb #20cf4b39
 @command('mct_convert MCTformer_V2.pth --out runs/v2', 'mct_convert coco.pth --out runs/coco --classes coco_names.txt',

@@ -27,7 +27,7 @@ def report_stage(
     print(f'done in {elapsed(a)}: {r.written} {what} written to {r.folder}, {r.skipped} were there')
     return report_bad(r.bad)
 
-# %% ../nbs/61_cli_masks.ipynb #b758db76
+# %% ../nbs/61_cli_masks.ipynb #2f34318e
 def laptop_recipe(
     a:argparse.Namespace, # parsed arguments
 ) -> str|None: # None: the reference's
@@ -35,7 +35,7 @@ def laptop_recipe(
     import torch
     return None if torch.cuda.is_available() else 'quick'
 
-# %% ../nbs/61_cli_masks.ipynb #3d2620db
+# %% ../nbs/61_cli_masks.ipynb #cbdd0ca4
 def stage_args(
     workers:str='processes for the CRF (default: one a core)', # help of --workers
 ) -> list: # of `arg`
@@ -91,7 +91,7 @@ def fit_args(
         arg('--skip-bad', action='store_true', help='leave unusable files out instead of stopping'),
         arg('--fresh', action='store_true', help='throw away the run that is in the folder')]
 
-# %% ../nbs/61_cli_masks.ipynb #73418cb7
+# %% ../nbs/61_cli_masks.ipynb #94e09896
 def fit_options(
     a:argparse.Namespace, # parsed arguments of `fit_args`
 ) -> dict: # by name, as the library takes them
@@ -201,7 +201,7 @@ INFER_ARGS = [
         help='shorter side at scale 1 in pixels (default: as in training)'),
     *stage_args()]
 
-# %% ../nbs/61_cli_masks.ipynb #5ae3de91
+# %% ../nbs/61_cli_masks.ipynb #1cc84925
 def infer_options(
     a:argparse.Namespace, # parsed arguments of `INFER_ARGS`
 ) -> dict: # by name, as the library takes them
