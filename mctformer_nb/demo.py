@@ -13,15 +13,16 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
+from .artifacts import load_seed
 from .core import atomic_path, new_figure, open_mask, overlay, write_json
 from .crf import LABEL_CRF
 from .datasets import Dataset, get_dataset
-from .mctformer import load_run
-from .train import train_classifier
-from .seeds import extract_kinds, extract_seeds, load_seed
 from .pipeline import masks_to_segmentation, seeds_to_masks
+from .runs import load_run
 from .scores import score_masks, sweep_threshold
+from .seeds import extract_kinds, extract_seeds
 from .tables import PAPER
+from .train import train_classifier
 
 # %% ../nbs/52_demo.ipynb #97a43ed1
 DEMO_MAPS = dict( # name -> variant, kind, refined?, row of Table 5
