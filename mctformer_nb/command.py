@@ -7,12 +7,12 @@ __all__ = ['CommandParser', 'number', 'comma_list', 'layer_count', 'user_error',
            'command', 'hint', 'elapsed', 'problem_lines', 'report_bad', 'data_args', 'device_args', 'check_device',
            'training_data', 'lr_factors']
 
-# %% ../nbs/59_command.ipynb #7affc152
+# %% ../nbs/59_command.ipynb #3f7756dd
 import argparse, contextlib, errno, json, logging, os, shlex, sys, time
 from collections.abc import Callable
 from pathlib import Path
 
-# %% ../nbs/59_command.ipynb #0126eb59
+# %% ../nbs/59_command.ipynb #f0700770
 class CommandParser(argparse.ArgumentParser):
     "Errors in one line; description and examples as they are written"
     def __init__(self,
@@ -32,7 +32,7 @@ class CommandParser(argparse.ArgumentParser):
         print(f'{self.prog}: {message}. See {self.prog} --help.', file=sys.stderr)
         raise SystemExit(2)
 
-# %% ../nbs/59_command.ipynb #986cdef9
+# %% ../nbs/59_command.ipynb #5d0da05e
 def number(
     kind:type, # int or float
     low:float, # smallest value
@@ -50,21 +50,21 @@ def number(
         return v
     return parse
 
-# %% ../nbs/59_command.ipynb #54c1158c
+# %% ../nbs/59_command.ipynb #2228a9ae
 def comma_list(
     kind:Callable=str, # of each item
 ) -> Callable: # text -> list
     "Type of an argument: items separated by commas"
     return lambda text: [kind(v.strip()) for v in text.split(',') if v.strip()]
 
-# %% ../nbs/59_command.ipynb #65b4b87f
+# %% ../nbs/59_command.ipynb #dae7774f
 def layer_count(
     text:str, # a number, or all
 ) -> int|None: # None: all
     "Type of an argument: number of layers K"
     return None if text=='all' else number(int, 1)(text)
 
-# %% ../nbs/59_command.ipynb #bf3b63b8
+# %% ../nbs/59_command.ipynb #3f30e986
 _HINTS = {errno.EEXIST: 'A folder is needed there, so give another',
           errno.ENOTDIR: 'A folder is needed there, so give another',
           **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), 'Give a place where you may read and write'),
@@ -82,7 +82,7 @@ def user_error(
         return f'{e.filename}: {e.strerror}. {_HINTS.get(e.errno, "Check the path")}.'
     if isinstance(e, (DataError, OSError)): return ' '.join(str(e).split())
 
-# %% ../nbs/59_command.ipynb #dfe1e957
+# %% ../nbs/59_command.ipynb #050a739c
 def guarded(
     parser:CommandParser, # of the command
     a:argparse.Namespace, # parsed arguments
@@ -106,12 +106,12 @@ def guarded(
         a.outcome = dict(error=line)
         return 2
 
-# %% ../nbs/59_command.ipynb #ff8e097f
+# %% ../nbs/59_command.ipynb #20a9ce8a
 def is_follower() -> bool:
     "Is this one of several connected processes, but not the first?"
     return bool(os.environ.get('MASTER_ADDR')) and os.environ.get('RANK', '') not in ('', '0')
 
-# %% ../nbs/59_command.ipynb #73d54a28
+# %% ../nbs/59_command.ipynb #0292ff42
 def run_command(
     parser:CommandParser, # with all arguments
     argv:list, # words, None: the command line
@@ -137,7 +137,7 @@ def run_command(
     elif a.json and status<2: return guarded(parser, a, lambda _: write_json(a.json, found)) or status
     return status
 
-# %% ../nbs/59_command.ipynb #8855be47
+# %% ../nbs/59_command.ipynb #51f2e743
 def arg(
     *names:str, # '--epochs', or 'path' for one without a name
     **options, # of `add_argument`: type, default, help, ...
@@ -145,7 +145,7 @@ def arg(
     "Declare one argument of a command"
     return names, options
 
-# %% ../nbs/59_command.ipynb #852437f1
+# %% ../nbs/59_command.ipynb #977d8d70
 def command(
     *examples:str, # command lines for `--help`
     args:list=(), # from `arg`
@@ -163,7 +163,7 @@ def command(
         return run
     return decorate
 
-# %% ../nbs/59_command.ipynb #fadeeedc
+# %% ../nbs/59_command.ipynb #d2d3774b
 def hint(
     a:argparse.Namespace, # parsed arguments; the command is noted in `a.next`
     command:str, # that comes next
@@ -175,7 +175,7 @@ def hint(
     a.next = ' '.join([command, *words])
     print('next:', a.next)
 
-# %% ../nbs/59_command.ipynb #4aae00c9
+# %% ../nbs/59_command.ipynb #c0075f78
 def elapsed(
     a:argparse.Namespace, # parsed arguments
 ) -> str:
@@ -183,14 +183,14 @@ def elapsed(
     s = time.monotonic()-a.start
     return f'{s:.0f} s' if s<100 else f'{s/60:.0f} min' if s<6000 else f'{s/3600:.1f} h'
 
-# %% ../nbs/59_command.ipynb #c508239d
+# %% ../nbs/59_command.ipynb #35f72a4f
 def problem_lines(
     bad:list, # (id, problem)
 ) -> list: # of text, no line twice
     "One line a problem, each with the name of what it is about"
     return list(dict.fromkeys(problem if str(id) in problem else f'{id}: {problem}' for id,problem in bad))
 
-# %% ../nbs/59_command.ipynb #69b3f291
+# %% ../nbs/59_command.ipynb #3267365b
 def report_bad(
     bad:list, # (id, problem)
 ) -> int: # exit status
@@ -202,7 +202,7 @@ def report_bad(
     for l in lines: print(f'  {l}', file=sys.stderr)
     return 1
 
-# %% ../nbs/59_command.ipynb #6d007f7b
+# %% ../nbs/59_command.ipynb #de1e2123
 def data_args(
     split:str='train', # default of --split
     required:bool=True, # must --data be given?
@@ -214,13 +214,13 @@ def data_args(
            arg('--split', default=split, help=f'part of the data, VOC: train | trainaug | val (default: {split})')]
     return out + device_args() if device else out
 
-# %% ../nbs/59_command.ipynb #caf20bcd
+# %% ../nbs/59_command.ipynb #f2d8ba70
 def device_args() -> list: # of `arg`
     "--device, --seed"
     return [arg('--device', help='cpu, cuda, cuda:1 (default: cuda where there is one)'),
             arg('--seed', type=number(int, 0), default=0, help='of everything random (default: 0)')]
 
-# %% ../nbs/59_command.ipynb #3182e6f9
+# %% ../nbs/59_command.ipynb #ca95bbe8
 def check_device(
     name:str, # as a user gives it, or None
 ) -> str|None: # the same
@@ -234,7 +234,7 @@ def check_device(
         raise DataError(f'--device {name}', problem, 'Choose cpu, or cuda on a machine with a GPU') from None
     return name
 
-# %% ../nbs/59_command.ipynb #39685959
+# %% ../nbs/59_command.ipynb #50cb8b52
 def training_data(
     a:argparse.Namespace, # parsed arguments with data and skip_bad
     split:str, # part of the data
@@ -246,7 +246,7 @@ def training_data(
     for line in problem_lines(ds.bad): print(f'left out: {line}', file=sys.stderr)
     return ds
 
-# %% ../nbs/59_command.ipynb #ce9ec0b7
+# %% ../nbs/59_command.ipynb #47bdc2e8
 def lr_factors(
     pairs:list|dict, # ['head=10', 'blocks.0=0'], or a recipe's dict
 ) -> dict|None: # None for none

@@ -73,7 +73,7 @@ def new_figure(
     return fig
 
 # %% ../nbs/00_core.ipynb #18eb38ce
-_plain, _sweep_beside = to_json, sweep_beside
+#| exporti
 
 # %% ../nbs/00_core.ipynb #feca8f2e
 def set_seed(

@@ -12,7 +12,8 @@ from PIL import Image
 from .attention import evaluating, minmax, to_input
 from .core import new_figure, overlay, progress
 from .datasets import Dataset
-from .scores import confusion, iou_fp_fn, need, seed_to_mask
+from .core import need
+from .scores import confusion, iou_fp_fn, seed_to_mask
 from .seeds import load_seed
 from .vit import capture_qk
 
@@ -66,7 +67,8 @@ def plot_top_losses(
     losses = map_losses(seeds, ds, threshold)[::-1 if best else 1][:n]
     rows = [(id, loss, *load_seed(Path(seeds)/f'{id}.npz')) for id,loss in losses]
     size = len(rows), 2 + ds.has_masks + max(len(r[2]) for r in rows)
-    fig, axs = plt.subplots(*size, figsize=(side*size[1], (side+.15)*size[0]), dpi=72, squeeze=False, layout='constrained')
+    inches = side*size[1], (side+.15)*size[0]
+    fig, axs = plt.subplots(*size, figsize=inches, dpi=72, squeeze=False, layout='constrained')
     for ax in axs.flat: ax.axis('off')
     for row,(id,loss,classes,maps) in zip(axs, rows):
         im, mask, k = ds.image(id), seed_to_mask(classes, maps, threshold), 1+ds.has_masks
@@ -173,5 +175,6 @@ def _all_layers(image, maps, names, threshold=.4):
     axs = new_figure((1.2*(L+3), 1.4*len(names)), 72).subplots(len(names), L+3, squeeze=False)
     for c,(name,row) in enumerate(zip(names, axs)):
         plot_cut(image, maps[:, :, c], (name, 'mean of all'), threshold, row[[0, L+1, L+2]])
-        for l,ax in enumerate(row[1:L+1]): show_map(ax, image, minmax(maps[l, :, c].mean(0)), f'layer {l+1}', 'bilinear')
+        for l,ax in enumerate(row[1:L+1]):
+            show_map(ax, image, minmax(maps[l, :, c].mean(0)), f'layer {l+1}', 'bilinear')
     return row[0].figure

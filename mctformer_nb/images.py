@@ -46,7 +46,7 @@ def _why(path, e):
     if isinstance(e, Image.DecompressionBombError):
         return f'too many pixels ({e})', 'Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it'
     if head[4:12] in (b'ftypheic', b'ftypheix', b'ftypmif1'):
-        return 'is a HEIC photo, damaged or not readable by Pillow alone', 'Convert it to JPEG, or pip install pillow-heif'
+        return 'is a HEIC photo, damaged or not readable by Pillow alone', 'Convert it, or pip install pillow-heif'
     if head[4:12]==b'ftypavif' and 'AVIF' not in photo_formats():
         return 'is an AVIF photo, which this Pillow cannot read', 'Convert it to JPEG, or install Pillow 11.3 or newer'
     if head[128:]==b'DICM': return 'is a DICOM file, not a photo', 'Export its pixels as PNG or TIFF; 16 bits are fine'

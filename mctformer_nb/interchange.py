@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['mask_to_rle', 'run_lengths', 'rle_to_mask', 'export_coco', 'id_of_file', 'import_coco', 'export_maps',
-           'save_grey_maps', 'import_maps', 'read_reference_seed', 'import_reference_seeds', 'save_pretrained',
-           'check_config', 'from_pretrained', 'push_to_hub']
+           'save_grey_maps', 'read_maps', 'import_maps', 'read_reference_seed', 'import_reference_seeds',
+           'save_pretrained', 'check_config', 'from_pretrained', 'push_to_hub']
 
 # %% ../nbs/45_interchange.ipynb #312d44d8
 import re
@@ -75,8 +75,7 @@ def rle_to_mask(
 def export_coco(
     masks:str|Path, # folder of `<id>.png`
     ds:Dataset, # its photos and classes
-    path:str|Path,
-    # JSON file to write; `annotations/instances_NAME.json` beside the photos in `NAME/` is a data set for `coco:`
+    path:str|Path, # JSON file; `coco:` reads `annotations/instances_NAME.json` beside the photos in `NAME/`
 ) -> dict: # what was written: images, categories, annotations
     "Masks of a data set as a COCO file with RLE, one annotation a class and photo"
     images, found = [], []
@@ -169,7 +168,28 @@ def save_grey_maps(
         grey = Image.fromarray((m.astype(np.float32)*255).round().astype(np.uint8))
         with atomic_path(Path(folder)/f'{name}.png') as p: grey.save(p, format='PNG')
 
-# %% ../nbs/45_interchange.ipynb #40a3c4e8
+# %% ../nbs/45_interchange.ipynb #0c41e841
+def read_maps(
+    folder:str|Path, # with `<id>/<class>.png` or `<id>.npy`
+    ds:Dataset, # sizes and classes
+    id:str, # which photo
+    form:str, # 'png' | 'npy'
+)->dict: # {class index: (H,W) in [0,1]}
+    "Maps of one photo; `DataError` if they are missing, or of another size"
+    (w,h), folder = ds.size(id), Path(folder)
+    if form=='png':
+        need((folder/id).is_dir(), folder/id, 'there is no such folder of maps',
+             'Give the folder that holds one for each photo')
+        files = {c: folder/id/f'{name}.png' for c,name in enumerate(ds.classes)}
+        return {c: open_mask(f, (h,w))/255 for c,f in files.items() if f.is_file()}
+    try: array = np.load(folder/f'{id}.npy', allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise DataError(folder/f'{id}.npy', f'cannot be read ({e})', 'Write it with np.save') from None
+    need(array.shape==(len(ds.classes), h, w), folder/f'{id}.npy', f'has the shape {array.shape}',
+         f'Give maps of {len(ds.classes)} classes, {h} x {w}')
+    return {c: m for c,m in enumerate(array) if m.any()}
+
+# %% ../nbs/45_interchange.ipynb #d98a2850
 def import_maps(
     folder:str|Path, # written by `export_maps` or by another program in its form
     ds:Dataset, # its ids and classes
@@ -183,21 +203,9 @@ def import_maps(
     bad = []
     for id in progress(ds.ids, form):
         with noted(bad, id):
-            w,h = ds.size(id)
-            if form=='png':
-                files = {c: Path(folder)/id/f'{name}.png' for c,name in enumerate(ds.classes)}
-                maps = {c: open_mask(f, (h,w))/255 for c,f in files.items() if f.is_file()}
-                need(maps or (Path(folder)/id).is_dir(), Path(folder)/id, 'there is no such folder of maps',
-                     'Give the folder that holds one for each photo')
-            else:
-                try: array = np.load(Path(folder)/f'{id}.npy', allow_pickle=False)
-                except (OSError, ValueError, EOFError) as e:
-                    raise DataError(Path(folder)/f'{id}.npy', f'cannot be read ({e})',
-                                    'Write it with np.save') from None
-                need(array.shape==(len(ds.classes), h, w), Path(folder)/f'{id}.npy', f'has the shape {array.shape}',
-                     f'Give maps of {len(ds.classes)} classes, {h} x {w}')
-                maps = {c: m for c,m in enumerate(array) if m.any()}
-            save_seed(Path(out)/f'{id}.npz', list(maps), np.stack(list(maps.values())) if maps else np.zeros((0,h,w)))
+            maps = read_maps(folder, ds, id, form)
+            save_seed(Path(out)/f'{id}.npz', list(maps),
+                      np.stack(list(maps.values())) if maps else np.zeros((0, *ds.size(id)[::-1])))
     return dict(written=len(ds)-len(bad), bad=bad)
 
 # %% ../nbs/45_interchange.ipynb #7ff92ccd

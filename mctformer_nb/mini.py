@@ -205,9 +205,8 @@ def draw_scene(
     if split not in splits: raise ValueError(f"split {split!r} is not drawn. Use one of {', '.join(splits)}.")
     if size<16: raise ValueError(f"size {size} is too small to draw on. Use at least 16.")
     specs = list((PRETRAIN if split=='pretrain' else MINI).values())
-    rng, n = np.random.default_rng([seed, splits[split], index]), 2*size
+    rng, n, ks = np.random.default_rng([seed, splits[split], index]), 2*size, np.arange(objects[0], objects[1]+1)
     im, mask, placed = draw_background(rng, n), np.zeros((n,n), np.uint8), []
-    ks = np.arange(objects[0], objects[1]+1)
     k = rng.choice(ks, p=(1/ks)/(1/ks).sum())
     for c in rng.choice(len(specs), k, replace=False):
         r = rng.uniform(*scale)*n*(1.1 - .1*k)

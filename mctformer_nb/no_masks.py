@@ -17,7 +17,8 @@ from scipy.sparse.linalg import spsolve
 from .attention import evaluating, to_input
 from .core import progress
 from .datasets import Dataset
-from .scores import need, sweep_threshold
+from .core import need
+from .scores import sweep_threshold
 from .seeds import load_seed
 
 # %% ../nbs/26_no_masks.ipynb #24fdd937

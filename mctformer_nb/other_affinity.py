@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy import ndimage
 from torch import Tensor, nn
 from .affinity import refine_by, token_attention
 from .core import DataError, need
-from .views import InputSpec, input_spec, view_size
+from .views import InputSpec, input_spec, rgb_tensor, view_size
 from .vit import build_vit, capture_qk
 
 # %% ../nbs/20a_other_affinity.ipynb #c973c158
@@ -82,6 +83,14 @@ class OtherAffinity:
     norm:str='sum'     # 'sum' (Eq. 3) or 'sinkhorn'
     power:int=1        # of the matrix
     boxes:float=None   # threshold of `class_boxes`, default no boxes
+    # photos squeezed into a square: every photo costs the same, long ones half; False: their proportions
+    square:bool=True
+    def size(self, photo): # (W,H) -> (h,w) of what the network sees, in pixels
+        return view_size((1, 1) if self.square else photo, self.vit.patch_embed.feat_ratio(), self.side)
+    def view(self, image): # RGB photo -> (1,3,h,w), normalised for the network
+        (h, w), spec = self.size(image.size), input_spec(self.vit)
+        return spec.normalise(rgb_tensor(image.convert('RGB').resize((w, h),
+                                                                     getattr(Image, spec.interpolation.upper()))))[None]
 
 # %% ../nbs/20a_other_affinity.ipynb #f38f520f
 def refine_by_other(
@@ -92,8 +101,7 @@ def refine_by_other(
 ) -> Tensor:                          # (B,c,h',w') on the grid of the affinity's network, float32
     "Maps refined by the patch affinity of another transformer (Eq. 3 and 7). Raises `DataError`"
     a = affinity if isinstance(affinity, OtherAffinity) else OtherAffinity(affinity)
-    patch, vit = a.vit.patch_embed.feat_ratio(), a.vit.to(x.device)
-    size = view_size((x.shape[-1], x.shape[-2]), patch, a.side)                             # (W,H) -> (h,w), in pixels
+    patch, vit, size = a.vit.patch_embed.feat_ratio(), a.vit.to(x.device), a.size((x.shape[-1], x.shape[-2]))
     rgb = F.interpolate(spec.denormalise(x.float()), size, mode='bicubic', antialias=True, align_corners=False)
     A = patch_affinity(vit, input_spec(vit).normalise(rgb.clamp(0, 1)), a.layers, a.norm, a.power)
     if a.boxes is not None: maps = maps*class_boxes(maps, a.boxes)                          # only patches inside give

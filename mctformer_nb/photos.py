@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 import numpy as np
+from fastcore.basics import patch
 from PIL import Image
 from .core import DataError, image_size, need, open_image, open_mask, read_lines, rotation_note
 from .images import photo_formats
@@ -96,8 +97,7 @@ def find_photos(
     need(Path(folder).is_dir(), folder, 'there is no such folder',
          'Put the photos into images/ below the folder of the data set')
     found, rest, start = {}, [], len(os.path.join(folder, ''))
-    more = [s for s in ('.avif', '.jp2', '.j2k', '.heic', '.heif', '.hif') if not unreadable_photo(s)]
-    known = {*PHOTO_SUFFIXES, *more}
+    known = {s for s in [*PHOTO_SUFFIXES, '.avif', '.jp2', '.j2k', '.heic', '.heif', '.hif'] if not unreadable_photo(s)}
     for f in list_files(folder, bad):
         name, suffix = os.path.splitext(f[start:].replace(os.sep, '/'))
         fix = suffix.lower() not in known and unreadable_photo(suffix.lower())
@@ -131,17 +131,23 @@ class PhotoIndex:
         self.ids = {**{n: id for n,id in bare.items() if id}, **files, **ids}                # an id counts first
     @cached_property
     def similar(self): return {k.casefold(): k for k in self.ids}
-    def find(self, name:str, where:object)->str:
-        "Id of the photo called `name`, found at `where`; `DataError` if there is none"
-        if name in self.ids: return self.ids[name]
-        clean = PurePosixPath(unicodedata.normalize('NFC', name.replace('\\', '/'))).as_posix()
-        safe_name(clean if clean!='.' else '', where)
-        known = next((n for n in (clean, clean.removeprefix(f'{self.folder.name}/')) if n in self.ids), None)
-        if known is not None: return self.ids[known]
-        near = self.similar.get(clean.casefold()) or self.similar.get(os.path.splitext(clean)[0].casefold())
-        guess = f'Did you mean {str(self.paths[self.ids[near]].relative_to(self.folder))!r}? ' if near else ''
-        raise DataError(where, f'there is no photo {name!r} in {self.folder}',
-                        f'{guess}Correct the name or delete the line')
+
+# %% ../nbs/01a_photos.ipynb #a5734447
+@patch
+def find(self:PhotoIndex,
+    name:str, # as a table writes it
+    where:object, # file and line, for messages
+)->str: # id
+    "Id of the photo called `name`; `DataError` if there is none, with the nearest that is there"
+    if name in self.ids: return self.ids[name]
+    clean = PurePosixPath(unicodedata.normalize('NFC', name.replace('\\', '/'))).as_posix()
+    safe_name(clean if clean!='.' else '', where)
+    known = next((n for n in (clean, clean.removeprefix(f'{self.folder.name}/')) if n in self.ids), None)
+    if known is not None: return self.ids[known]
+    near = self.similar.get(clean.casefold()) or self.similar.get(os.path.splitext(clean)[0].casefold())
+    guess = f'Did you mean {str(self.paths[self.ids[near]].relative_to(self.folder))!r}? ' if near else ''
+    raise DataError(where, f'there is no photo {name!r} in {self.folder}',
+                    f'{guess}Correct the name or delete the line')
 
 # %% ../nbs/01a_photos.ipynb #94d077a9
 def read_photo(

@@ -125,7 +125,7 @@ def pooled_scores(
     bg = torch.full_like(m[:1], background) if alpha is None else (1-m.amax(0, keepdim=True))**alpha      # (1,H,W)
     return F.avg_pool2d(torch.cat([bg, m])[None], stride, ceil_mode=True)[0]                    # (k+1,H,W) -> (k+1,h,w)
 
-# %% ../nbs/31_random_walk.ipynb #e5d3ce7f
+# %% ../nbs/31_random_walk.ipynb #d5e91cbc
 def walked_scores(
     maps:np.ndarray, # (k,H,W) seed in [0,1]
     affinity:np.ndarray|torch.Tensor, # (P,h,w) of the photo, h = ceil(H/stride), w = ceil(W/stride)
@@ -160,7 +160,7 @@ def walked_mask(
     if crf: m = m/m.sum(0).clip(1e-6)                                               # scores of a pixel as probabilities
     return refined_mask(image, np.append(0, np.asarray(classes)+1), m, crf)
 
-# %% ../nbs/31_random_walk.ipynb #61fab772
+# %% ../nbs/31_random_walk.ipynb #32b8b813
 @dataclass
 class MaskOptions:
     "What is seldom said in `make_masks`"
@@ -185,7 +185,7 @@ def photo_affinity(
     if stride != net.stride: image = image.resize([-(-net.stride*n//stride) for n in image.size], Image.BICUBIC)
     return predict_affinity(net, image, border)
 
-# %% ../nbs/31_random_walk.ipynb #426d9323
+# %% ../nbs/31_random_walk.ipynb #a7362421
 def walk_settings(
     net:object, # `AffinityNet` or a function
     background:float|str|Path, # background score, or the JSON file of `mct_score --json`
@@ -221,13 +221,12 @@ def make_masks(
     walk, name = walk_settings(net, background, beta, steps, how)
     settings = dict(walk, crf=plain(crf), classes=list(ds.classes), affinity=name, seeds=check_seeds(seeds_folder, ds))
     if isinstance(net, torch.nn.Module): net.to(torch.device(local_device(how.device)))
-    def affinity(item): # (photo, classes, maps) -> (P,h,w); photos without a class need none
-        return photo_affinity(net, item[0], walk['stride'], how.border) if len(item[1]) else None
+    def affinity(im, classes, _): return photo_affinity(net, im, walk['stride'], how.border) if len(classes) else None
     def write(path, item):
         (image, classes, maps), a = item
         save_mask(path, walked_mask(classes, maps, a, image=np.asarray(image), crf=crf, **walk))
         return len(classes)
-    read, compute = partial(read_photo_seed, ds, seeds_folder), lambda items: [(it, affinity(it)) for it in items]
+    read, compute = partial(read_photo_seed, ds, seeds_folder), lambda items: [(it, affinity(*it)) for it in items]
     files = Output(out, settings, '_masks.json', '.png', 'masks')
     work = Work(threads=how.workers, overwrite=how.overwrite, desc='masks')
     return run_stage(files, ds.ids, read, write, compute, work)

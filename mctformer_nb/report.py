@@ -17,7 +17,8 @@ from .datasets import Dataset
 from .learner import plot_history
 from .mctformer import load_run
 from .no_masks import map_quality
-from .scores import confusion, iou_fp_fn, need, plot_sweep, score_masks, seed_to_mask, sweep_threshold
+from .core import need
+from .scores import confusion, iou_fp_fn, plot_sweep, score_masks, seed_to_mask, sweep_threshold
 from .seeds import load_seed
 from .tables import Table
 
@@ -31,7 +32,7 @@ def run_config(
     need(file.is_file(), run, problem, 'Give the folder that a training wrote as --out')
     return read_json(file)
 
-# %% ../nbs/55_report.ipynb #0770fd51
+# %% ../nbs/55_report.ipynb #1dcdebae
 def find_predictions(
     run:str|Path, # run folder
     ds:Dataset, # whose images they should be of
@@ -132,7 +133,7 @@ img{{max-width:100%;height:auto}}figure{{margin:1rem 0}}figcaption,.small{{color
 .big{{font-size:1.6rem;font-weight:600}}.cards{{display:flex;flex-wrap:wrap;gap:1rem 2.5rem}}
 </style><h1>{title}</h1>{body}</html>'''
 
-# %% ../nbs/55_report.ipynb #d7678f47
+# %% ../nbs/55_report.ipynb #dd905365
 class Page:
     "A self-contained HTML page"
     def __init__(self,
@@ -202,7 +203,7 @@ def add_scores(
     page.table(['class', 'IoU', 'FP', 'FN'], rows, 'As a table')
     return AttrDict(miou=scores['mIoU (%)'], threshold=t, result=res)
 
-# %% ../nbs/55_report.ipynb #7e108342
+# %% ../nbs/55_report.ipynb #17b915e9
 def add_examples(
     page:Page, # receives the part
     ds:Dataset, # with ground truth
@@ -219,7 +220,7 @@ def add_examples(
         page.figure(plot_examples(ds, folder, ids, threshold, titles), f'{title}: {", ".join(ids)}',
                     'Photo, ground truth and prediction; above each its mean IoU in percent.')
 
-# %% ../nbs/55_report.ipynb #8c0fe086
+# %% ../nbs/55_report.ipynb #9406a052
 def _add_masks(page, run, ds, folder, n, ask):
     "Masks without a truth to compare them with, and what the classifier says about its maps"
     ids = [i for i in ds.ids if predicted_mask(folder, i) is not None][:n]

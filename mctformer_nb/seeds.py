@@ -54,7 +54,7 @@ def batch_maps(
         out.append([m[:B] + m[B:].flip(-1) if n==2 else m for m in maps])                   # (B,k,h,w) each
     return [list(scales) for scales in zip(*out)]
 
-# %% ../nbs/22_seeds.ipynb #c1939a4a
+# %% ../nbs/22_seeds.ipynb #1930903a
 def maps_to_photo(
     maps:list, # one a scale: (k,h,w)
     size:tuple, # (H,W) of the photo
@@ -65,14 +65,14 @@ def maps_to_photo(
     need(m.isfinite().all(), 'maps', 'hold values that are not numbers', 'Check the model for NaN weights')
     return minmax(m).half().cpu().numpy()
 
-# %% ../nbs/22_seeds.ipynb #6d74048f
+# %% ../nbs/22_seeds.ipynb #4f337cd9
 def compete_maps(
     maps:torch.Tensor, # (k,h,w) of the classes of one photo; logits, which may be negative, say most
 ) -> torch.Tensor: # (k,h,w), not negative
     "Maps weighted by a softmax over the classes of the photo, cell by cell"
     return maps.relu()*(maps/maps.std().clamp_min(1e-6)).softmax(0)
 
-# %% ../nbs/22_seeds.ipynb #fc27a708
+# %% ../nbs/22_seeds.ipynb #db3eed1a
 def finish_maps(
     maps:list, # one a scale: (k,h,w)
     compete:bool=False, # weight the classes by `compete_maps`
@@ -99,7 +99,7 @@ def predict_classes(
     p = p.unflatten(0, (2, len(x))).mean(0).cpu().numpy()                     # (2B,C) -> (B,C)
     return [np.union1d(np.flatnonzero(q >= threshold), q.argmax()).astype(np.int64) for q in p]
 
-# %% ../nbs/22_seeds.ipynb #2cb9a5af
+# %% ../nbs/22_seeds.ipynb #1820d9a9
 @dataclass
 class SeedOptions:
     "How seeds are extracted, besides which maps (`localize`) and which views (`Views`)"
@@ -113,7 +113,7 @@ class SeedOptions:
     overwrite:bool=False # write seeds anew that exist
     workers:int=4 # threads that decode and compress
 
-# %% ../nbs/22_seeds.ipynb #efac5425
+# %% ../nbs/22_seeds.ipynb #68c79385
 def seed_options(
     options:dict, # by name
 ) -> tuple[Views, SeedOptions]:
@@ -159,7 +159,7 @@ def seed_settings(
                 precision=None if how.precision=='float32' else how.precision,
                 classes=list(ds.classes), model=weights_digest(model), **later)
 
-# %% ../nbs/22_seeds.ipynb #a51f260c
+# %% ../nbs/22_seeds.ipynb #8a4970d7
 def photo_affinity(
     other:OtherAffinity, # the network, and how it is used
     x:torch.Tensor, # (1,3,h,w) one photo, normalised for it
@@ -190,7 +190,7 @@ def extract_kinds(
         need(all(v.shape[-2:] == s for v,s in zip(x, planned)), id,
              f'the photo is {image.size}, its header says otherwise', 'Save it again')
         # (1,3,h,w)
-        own = other and to_input(image, other.vit.patch_embed.feat_ratio(), other.side, input_spec(other.vit))
+        own = other and other.view(image)
         return AttrDict(x=x, own=own, size=image.size[::-1], classes=ds.labels(id) if how.labels=='given' else None)
     def compute(photos):
         x = [torch.stack(v).to(device) for v in zip(*(p.x for p in photos))]  # one a scale: (B,1 or 2,3,h,w)

@@ -11,7 +11,7 @@ import datetime, html, os, platform, statistics, subprocess, sys
 from pathlib import Path
 import mctformer_nb
 from .core import read_json, write_json
-from .scores import need
+from .core import need
 
 # %% ../nbs/50_tables.ipynb #a2e5ceff
 def current_commit() -> str|None: # short hash, with `+changes` if modules differ from it; None without git
@@ -26,7 +26,7 @@ def current_commit() -> str|None: # short hash, with `+changes` if modules diffe
     except (OSError, subprocess.SubprocessError): return None
 
 # %% ../nbs/50_tables.ipynb #3e80e307
-def hardware() -> str: # GPU name where torch is loaded and has one, else CPU model; number of cores this process may use
+def hardware() -> str: # GPU name where torch is loaded and has one, else CPU model; cores this process may use
     "The machine in words"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     torch = sys.modules.get('torch')

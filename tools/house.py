@@ -24,7 +24,7 @@ EXPORT = re.compile(r'^#\|\s*(export|exporti|exports)\s*$', re.M)
 STAGES = 'seeds crf random_walk segment affinitynet deeplab train'.split()
 
 RULE = """Lines of statements count; signatures, docstrings, comments, imports and decorators do not. A simple statement, or the head of a compound one, is engineering
-if it raises, or if it names one of WORDS (as a name, an attribute or a keyword). A `with`, `for` or `if` whose head names none of them is engineering if all of its body is, `try` always.
+if it raises, or if it names one of WORDS, or something that a room of ROOMS exports (as a name, an attribute or a keyword). A `with`, `for` or `if` whose head names none of them is engineering if all of its body is, `try` always.
 A function of whose lines two thirds or more are engineering counts as engineering whole. Functions that draw (`show_*`, `plot_*`, or a figure made inside) are left out.
 All else is science."""
 WORDS = dict(
@@ -32,12 +32,12 @@ WORDS = dict(
           'GzipFile TarInfo BytesIO savez_compressed read_json write_json read_arrays save_file load_file read_state_dict save_mask open_mask save_run load_run save_seed load_seed json '
           'hashlib sha1 sha256 hexdigest encode decode getvalue path paths file files folder out_folder',
     locks='folder_lock claim claim_folder sweep sweep_folder shutil first_alone connected joined my_part rank world local_device may_overwrite overwrite fresh ExitStack enter_context',
-    settings='settings note options how hows config cfg state_dict batch_size elsewhere no_result set_here defaults signature inspect known fingerprint data_fingerprint plain to_json differ orphan package version __version__ __all__',
+    settings='settings note options how hows config cfg state_dict batch_size elsewhere no_result set_here defaults signature inspect known fingerprint data_fingerprint plain to_json differ orphan package version',
     progress='progress print log time seconds report reports skipped written todo bad missing done',
     workers='pool submit result ThreadPoolExecutor ProcessPoolExecutor run_pool workers queue popleft deque cores jobs signal os',
     checks='need check fail DataError Exception OSError OutOfMemoryError isinstance isfinite warnings')
+ROOMS = 'ranks artifacts stage runs'.split()                   # modules below the stages that are engineering throughout, as far as they exist
 ENGINEERING = {w for words in WORDS.values() for w in words.split()}
-PRIVATE_TOO = {w.lstrip('_') for w in ENGINEERING}
 
 # ---- reading
 
@@ -127,7 +127,7 @@ def children(node):
     inner = [s for field in ('body', 'orelse', 'finalbody') for s in getattr(node, field, [])]
     return inner + [s for h in getattr(node, 'handlers', []) for s in h.body]
 
-def is_machinery(names): return any(n in ENGINEERING or n.lstrip('_') in PRIVATE_TOO for n in names)
+def is_machinery(names): return any(n.lstrip('_') in ENGINEERING for n in names)
 
 def sort_lines(node, marks):
     "Mark the lines of a statement 'S' or 'e'; returns whether all of it is engineering"
@@ -180,6 +180,7 @@ def measure():
     used = {m: set(re.findall(r'\w+', ' '.join(ast.unparse(s) for t in ts for s in t.body if not isinstance(s, IMPORT)))) for m,ts in others.items()}
     symbols = [(m, s.name) for m,t in trees.items() for s in t.body if isinstance(s, DEFINITION) and not s.name.startswith('_')]
     unused = [f'{m}.{k}' for m,k in symbols if k not in used[m]]
+    ENGINEERING.update(k for m,k in symbols if m in ROOMS)
     marks = {m: list(science(cells[m]).values()) for m in STAGES if m in cells}
     count = lambda v, ms=tuple(marks): sum(marks[m].count(v) for m in ms)
     share = lambda *ms: round(100*count('S', ms)/max(1, count('S', ms)+count('e', ms)), 1)
@@ -217,10 +218,11 @@ def main():
     p.add_argument('--show', metavar='MODULE', help='how the lines of a stage module were counted')
     a = p.parse_args()
     if a.show:
+        measure() # learns what the rooms export
         cells = next((e for m,e,_ in notebooks() if m==a.show), None) or sys.exit(f'no notebook exports {a.show}')
         marks = science(cells)
         for i,src in enumerate(cells): print(*(f"{marks.get((i, j), ' ')} {l}" for j,l in enumerate(src.splitlines(), 1)), '', sep='\n')
-    elif a.json: print(json.dumps(measure() | dict(rule=RULE, words=WORDS), indent=1))
-    else: print(*table(measure()), '', 'Science:', RULE, *(f'  {k}: {v}' for k,v in WORDS.items()), sep='\n')
+    elif a.json: print(json.dumps(measure() | dict(rule=RULE, words=WORDS, rooms=ROOMS), indent=1))
+    else: print(*table(measure()), '', 'Science:', RULE, *(f'  {k}: {v}' for k,v in WORDS.items()), f'  ROOMS: {" ".join(ROOMS)}', sep='\n')
 
 if __name__=='__main__': main()
