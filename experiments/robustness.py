@@ -19,7 +19,7 @@ def run(args, out): return subprocess.run([sys.executable, *map(str, args)], cwd
 
 def measure(parts, out, seconds):
     if 'faults' in parts: run(['-m', 'pytest', '-m', 'slow', 'tests/test_faults.py'], out)
-    if 'data' in parts: run(['-m', 'pytest', '-m', 'slow', 'tests/test_bad_dataset.py'], out)
+    if 'data' in parts: run(['-m', 'pytest', '-m', 'slow', 'tests/test_bad_input.py'], out)
     if 'fuzz' in parts: run(['tools/fuzz.py', '--seconds', seconds, '--crashes', out/'crashes', '--json', out/'fuzz.json'], out)
 
 def records(out):

@@ -49,7 +49,7 @@ def main(a):
     sweep = sweep_threshold(out/'seeds', train); record(a, '1', 'MCTformer (Ours)', sweep, 'seed mIoU', maps=best[1])
     low, high = a.alphas
     print(crf_labels(out/'seeds', ds, out/'labels', alphas=(low, high), workers=a.workers), flush=True)
-    net = load_affinity(train_affinity(out/'labels', ds, out/'affinity', epochs=3, backbone='efficientnet_lite0', pretrained=a.cnn, crop=a.image_size, lr=.003, lr_mult=FREEZE, frozen_stride=0))[0]
+    net = load_affinity(train_affinity(out/'labels', ds, out/'affinity', epochs=3, backbone='efficientnet_lite0', pretrained=a.cnn, recipe='momentum', crop=a.image_size, lr=.003, lr_mult=FREEZE, frozen_stride=0))[0]
     make_masks(out/'seeds', net, ds, out/'masks', background=a.background or sweep.best_threshold, beta=a.beta)
     record(a, '1', 'MCTformer (Ours)', score_masks(out/'masks', train), 'mask mIoU', maps=best[1])
     run = train_segment(out/'masks', ds, out/'deeplab', epochs=a.epochs, backbone='efficientnet_lite0', pretrained=a.cnn, crop=a.image_size, image_size=a.image_size, batch_size=8, optimizer='adamw', lr=4e-4, head_mult=4, lr_mult=FREEZE, dilation=6, cache=True)

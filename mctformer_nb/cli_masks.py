@@ -112,7 +112,8 @@ def mct_affinity(a):
     from mctformer_nb.affinitynet import train_affinity
     a.out = a.out or Path(a.labels).parent/'affinity'
     fill_recipe(a, 'affinity', dict(backbone='mct_resnet38', pretrained=False, epochs=5, batch_size=8, crop=448))
-    train_affinity(a.labels, training_data(a, a.split), a.out, **fit_options(a))
+    recipe = 'momentum' if a.recipe=='quick' else 'reference'                    # see `AFFINITY_RECIPES`
+    train_affinity(a.labels, training_data(a, a.split), a.out, recipe=recipe, **fit_options(a))
     report_training(a)
     small = dict(stride=4, steps=8) if a.recipe=='quick' else {}
     scores = Path(a.out).parent/'seeds.json'                   # of the seeds, where the last hint but two was followed
