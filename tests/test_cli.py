@@ -114,9 +114,9 @@ def test_debug_shows_the_traceback(here):
     with pytest.raises(ValueError, match='gone'): cli.mct_seeds(['--run', 'gone', '--data', 'folder:data', '--out', 'x', '--debug'])
 
 def test_interrupt(here, capsys, monkeypatch):
-    import mctformer_nb.seeds as s
+    import mctformer_nb.stage as s
     def stop(*a): raise KeyboardInterrupt
-    monkeypatch.setattr(s, '_compute', stop)
+    monkeypatch.setattr(s, 'compute_batch', stop)
     assert cli.mct_seeds([*SEEDS[:4], '--out', 'stopped', '--device', 'cpu']) == 130
     assert 'Run the same command again to resume' in capsys.readouterr().err
     assert cli.mct_seeds([*SEEDS[:4], '--out', 'stopped', '--device', 'cpu', '--overwrite']) == 130
@@ -125,7 +125,7 @@ def test_interrupt(here, capsys, monkeypatch):
     assert cli.mct_seeds([*SEEDS[:4], '--out', 'stopped', '--device', 'cpu']) == 0
 
 def test_ctrl_c_in_a_shell(here, root):
-    code = 'import sys, time; from mctformer_nb import cli, seeds\ndef wait(*a): print("ready", flush=True); time.sleep(60)\nseeds._compute = wait; sys.exit(cli.mct_seeds(sys.argv[1:]))'
+    code = 'import sys, time; from mctformer_nb import cli, stage\ndef wait(*a): print("ready", flush=True); time.sleep(60)\nstage.compute_batch = wait; sys.exit(cli.mct_seeds(sys.argv[1:]))'
     p = subprocess.Popen([sys.executable, '-c', code, *SEEDS[:4], '--out', 'stopped2', '--device', 'cpu'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                          env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])))
     assert p.stdout.readline() == 'ready\n'; p.send_signal(signal.SIGINT)
@@ -163,7 +163,7 @@ def test_following_the_hints(here, capsys):
 def test_recipes():
     "What is given wins over the recipe; drawn data take the quick one unless told otherwise"
     import argparse
-    made = lambda data, **kw: (a := argparse.Namespace(data=data, **dict(dict(recipe=None, backbone=None, epochs=None, lr_mult=None), **kw)), cli._recipe(a, 'train', dict(backbone='deit_small_patch16_224', epochs=60)))[0]
+    made = lambda data, **kw: (a := argparse.Namespace(data=data, **dict(dict(recipe=None, backbone=None, epochs=None, lr_mult=None), **kw)), cli.fill_recipe(a, 'train', dict(backbone='deit_small_patch16_224', epochs=60)))[0]
     assert (made('folder:x').backbone, made('folder:x').epochs) == ('deit_small_patch16_224', 60)
     quick = made('folder:x', recipe='quick', epochs=3)
     assert (quick.backbone, quick.epochs, quick.image_size) == ('mct_tiny_patch8_96', 3, 96) and quick.lr_mult
@@ -181,7 +181,7 @@ def test_reader_that_leaves(here, root):
 def test_hint_of_affinity_names_the_seeds(tmp_path, monkeypatch, seeds, hint):
     "Beside the affinity they are found without a word, beside the labels they are named, elsewhere the user is asked"
     import mctformer_nb.affinitynet as A, mctformer_nb.cli_masks as M
-    monkeypatch.chdir(tmp_path); monkeypatch.setattr(A, 'train_affinity', lambda *a, **kw: None); monkeypatch.setattr(M, '_trained', lambda a: None)
+    monkeypatch.chdir(tmp_path); monkeypatch.setattr(A, 'train_affinity', lambda *a, **kw: None); monkeypatch.setattr(M, 'report_training', lambda a: None)
     if seeds: (tmp_path/seeds).mkdir(parents=True)
     assert M.mct_affinity(['--labels', 'labels', '--data', 'mini', '--out', 'runs/affinity', '--json', 'a.json'])==0
     assert json.loads((tmp_path/'a.json').read_text())['next'].startswith(f'mct_masks {hint}--affinity runs/affinity --data mini ')
@@ -203,7 +203,7 @@ def test_every_command_that_is_told_is_understood(monkeypatch, capsys):
     "As its own parser reads it; of a mere mention only the options. The examples of --help too"
     parsers = {}
     def parse(p, argv, body): parsers[p.prog] = p; p.parse_args(argv); return 0
-    monkeypatch.setattr(cli, '_run', parse); monkeypatch.setattr(cli_masks, '_run', parse)
+    monkeypatch.setattr('mctformer_nb.command.run_command', parse)
     def understood(line):
         name, *argv = shlex.split(line, comments=True); command = getattr(cli, name, None) or getattr(cli_masks, name)
         try: return command(argv) == 0
