@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from .core import atomic_path, new_figure, open_mask, overlay, write_json
-from .crf import LABEL_CRF
 from .datasets import Dataset, get_dataset
 from .mctformer import load_run
 from .train import train_classifier
@@ -116,8 +115,8 @@ def figure5(
 # %% ../nbs/52_demo.ipynb #38ff843e
 _NET = dict(backbone='mct_tiny_patch8_96', pretrained=True, crop=96)
 DEMO_SECOND = dict( # options of `train_affinity`, `make_masks`, `train_segment`, `segment_dataset`
-    affinity=dict(_NET, batch_size=4, epochs=3, lr=.1, lr_mult={'backbone': 0}),
-    walk=dict(background=.25, stride=4, steps=4, crf=LABEL_CRF),
+    affinity=dict(_NET, batch_size=4, epochs=3, lr=.1, lr_mult={'backbone': 0}, recipe='momentum'),
+    walk=dict(background=.25, stride=4, steps=4, crf='auto'),
     train=dict(_NET, batch_size=16, epochs=8, optimizer='adamw', lr=6e-4, head_mult=4, dilation=2, cache=True),
     infer=dict(scales=(1,), flip=True))
 

@@ -157,7 +157,7 @@ def predict_photos(
     else:
         views = SegmentViews(**views | dict(image_size=views['image_size'] or cfg.get('image_size'))).check()
         look, how = find_by_network, vars(views)
-    note = dict(how, longest=longest, crf=plain(crf), classes=names, model=weights_digest(net))
+    note = dict(longest=longest, **how, crf=plain(crf), classes=names, model=weights_digest(net))
     folder = MaskFolder(out, note, '_predict.json', crf=crf, extras=('overlays', 'scores'))
     if not work['overwrite']: check_sources(folder, ds)
     about = announce_photos(ds, longest, log)

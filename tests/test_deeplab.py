@@ -106,8 +106,8 @@ def test_masks_of_nothing_but_ignored(data, tmp_path):
 def test_failing_disk_leaves_the_old_files(tmp_path, monkeypatch):
     net = DeepLab(2, 'test_efficientnet', width=4, dilation=1); save_segment(net, tmp_path, ['a', 'b'])
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
-    def full(tensors, path): Path(path).write_bytes(b'half'); raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(runs, 'save_file', full)
+    def full(tensors): raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(runs, 'save', full)
     with pytest.raises(OSError, match='No space'): save_segment(DeepLab(2, 'test_efficientnet', width=4, dilation=1), tmp_path, ['a', 'b'])
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()}==before
 
