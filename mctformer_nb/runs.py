@@ -120,6 +120,7 @@ RUN_KINDS = {} # name of the kind -> RunKind
 _HOME = dict(classifier='mctformer_nb.frozen', affinitynet='mctformer_nb.affinitynet',
              deeplab='mctformer_nb.deeplab_net')
 
+# %% ../nbs/07_runs.ipynb #699f0bfd
 def run_kind(
     name:str, # of the kind
     file:object='config.json', # that names it, for the message
@@ -187,9 +188,8 @@ def load_run(
     need(kind in (None, found), file, f'is the run of another network ({found})', f'Give a run of {maker}')
     how = run_kind(found, file)
     check_config(file, cfg, **how.fields)
-    n = cfg.get('num_classes')
-    need(num_classes in (None, n), file, f'a model for {n} classes, {num_classes} wanted',
-         'Use the run of the same data set')
+    need(num_classes in (None, cfg.get('num_classes')), file,
+         f'a model for {cfg.get("num_classes")} classes, {num_classes} wanted', 'Use the run of the same data set')
     own = cfg.get('backbone') == 'custom' and backbone is None
     need(not own, file, 'the backbone was a module of your own', 'Load it again with backbone=... and one like it')
     try: model = how.build(cfg, backbone)
