@@ -10,13 +10,14 @@ JOBS   ?= 2
 # The notebooks, the tests and the demo need no network once the packages are installed.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo test bench docs readme export hooks clean distclean
+.PHONY: help install demo test bench tables docs readme export hooks clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train on the embedded data, score the maps, write demo/report.html"
 	@echo "make test      notebooks clean and exported, README current, every notebook runs, pytest"
 	@echo "make bench     speed and memory beside the published way, into results/bench.json"
+	@echo "make tables    the tables and figures of the paper on the embedded data, into results/ (hours)"
 	@echo "make docs      the web site, in _docs/"
 	@echo "make readme    README.md from nbs/index.ipynb"
 	@echo "make export    clean the notebooks and write mctformer_nb/*.py from them"
@@ -45,6 +46,11 @@ test: $(STAMP)
 # Another device or more threads: make bench BENCH='--device cuda' or BENCH='--threads 8'
 bench: $(STAMP)
 	"$(PY)" benchmarks/all.py $(BENCH)
+
+# Goes on where it stopped. One seed: make tables TABLES='--seeds 0'
+tables: $(STAMP)
+	"$(PY)" experiments/mini_maps.py $(TABLES)
+	"$(PY)" experiments/reproduce.py $(TABLES)
 
 docs: $(STAMP)
 	"$(PY)" tools/docs.py

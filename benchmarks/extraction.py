@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image
 from _common import Report, by_turns, compare, difference, parser, ratio
-from mctformer_nb.attention import minmax, to_input
+from mctformer_nb.artifacts import load_seed
+from mctformer_nb.attention import minmax
 from mctformer_nb.datasets import Dataset
 from mctformer_nb.fast_maps import localize_fast
 from mctformer_nb.mctformer import MCTformer
 from mctformer_nb.mini import draw_scene
-from mctformer_nb.seeds import extract_seeds, load_seed
+from mctformer_nb.seeds import extract_seeds
+from mctformer_nb.views import to_input
 
 C, K = 20, 3
 

@@ -2,12 +2,12 @@
 
     python benchmarks/precision.py --run runs/mini_maps/seed0/runs/v2 [--scenes 200] [--precision float32 bf16 int8] [--json results/bench.json]
 
-`python benchmarks/mini_maps.py --seeds 0` trains that network. Maps are those of the demonstration: all layers, refined by the patch affinity, two sizes with mirror images."""
+`python experiments/mini_maps.py --seeds 0` trains that network. Maps are those of the demonstration: all layers, refined by the patch affinity, two sizes with mirror images."""
 import tempfile
 from _common import Report, measure, parser
 from mctformer_nb.datasets import get_dataset
 from mctformer_nb.demo import DEMO_SEEDS
-from mctformer_nb.mctformer import load_run
+from mctformer_nb.runs import load_run
 from mctformer_nb.scores import sweep_threshold
 from mctformer_nb.seeds import extract_seeds
 

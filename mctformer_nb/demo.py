@@ -13,14 +13,16 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
+from .artifacts import load_seed
 from .core import atomic_path, new_figure, open_mask, overlay, write_json
+from .crf import LABEL_CRF
 from .datasets import Dataset, get_dataset
-from .mctformer import load_run
-from .train import train_classifier
-from .seeds import extract_kinds, extract_seeds, load_seed
 from .pipeline import masks_to_segmentation, seeds_to_masks
+from .runs import load_run
 from .scores import score_masks, sweep_threshold
+from .seeds import extract_kinds, extract_seeds
 from .tables import PAPER
+from .train import train_classifier
 
 # %% ../nbs/52_demo.ipynb #97a43ed1
 DEMO_MAPS = dict( # name -> variant, kind, refined?, row of Table 5
@@ -115,8 +117,8 @@ def figure5(
 # %% ../nbs/52_demo.ipynb #38ff843e
 _NET = dict(backbone='mct_tiny_patch8_96', pretrained=True, crop=96)
 DEMO_SECOND = dict( # options of `train_affinity`, `make_masks`, `train_segment`, `segment_dataset`
-    affinity=dict(_NET, batch_size=4, epochs=3, lr=.1, lr_mult={'backbone': 0}, recipe='momentum'),
-    walk=dict(background=.25, stride=4, steps=4, crf='auto'),
+    affinity=dict(_NET, recipe='momentum', batch_size=4, epochs=3, lr=.1, lr_mult={'backbone': 0}),
+    walk=dict(background=.25, stride=4, steps=4, crf=LABEL_CRF),
     train=dict(_NET, batch_size=16, epochs=8, optimizer='adamw', lr=6e-4, head_mult=4, dilation=2, cache=True),
     infer=dict(scales=(1,), flip=True))
 
@@ -152,8 +154,7 @@ def chain_figure(
     n:int=5, # scenes of each
 ) -> Figure:
     "Training scenes with truth and pseudo mask; unseen scenes with truth and what the two networks see"
-    out = Path(out)
-    few = [i for i in range(len(ds)) if len(ds.labels(i))>1][:n]
+    out = Path(out); few = [i for i in range(len(ds)) if len(ds.labels(i))>1][:n]
     networks = [out/'segmentation'/'masks', out/'supervised'/'masks']
     fig = new_figure((1.5*len(few), 6*1.55), 72)
     axs = fig.subplots(7, len(few), squeeze=False)

@@ -9,12 +9,12 @@ __all__ = ['map_losses', 'show_map', 'plot_top_losses', 'head_maps', 'plot_layer
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image
-from .attention import evaluating, minmax, to_input
-from .core import new_figure, overlay, progress
+from .artifacts import load_seed
+from .attention import evaluating, minmax, num_prefix
+from .core import need, new_figure, overlay, progress
 from .datasets import Dataset
-from .core import need
 from .scores import confusion, iou_fp_fn, seed_to_mask
-from .seeds import load_seed
+from .views import input_spec, to_input
 from .vit import capture_qk
 
 # %% ../nbs/46_explore.ipynb #bda75575
@@ -88,14 +88,14 @@ def head_maps(
 ) -> torch.Tensor: # (L,H,c,h,w), float32: attention probabilities, on the CPU
     "Class-to-patch attention of one photo, each layer and head by itself (Eq. 1 before any average)"
     p, C = next(model.parameters()), model.num_classes
-    x = to_input(image, model.patch_size, size).to(p.device, p.dtype)
+    x = to_input(image, model.patch_size, size, input_spec(model)).to(p.device, p.dtype)
     rows = list(range(C) if classes is None else classes)
     ok = rows and all(0<=c<C for c in rows)
     need(ok, f'classes {rows}', f'this model has {C}', f'Use indices from 0 to {C-1}')
     with evaluating(model), capture_qk(model.blocks) as qk: _, patches = model.forward_features(x)
     def attend(q, k, scale): return (q[0][:, rows].float()*scale @ k[0].float().transpose(1, 2)).softmax(-1)
     attn = [attend(qk[l]['q'], qk[l]['k'], b.attn.scale) for l,b in enumerate(model.blocks)]    # (H,c,N) each
-    return torch.stack(attn)[..., C:].unflatten(-1, patches.shape[-2:]).cpu()       # (L,H,c,M) -> (L,H,c,h,w)
+    return torch.stack(attn)[..., num_prefix(model):].unflatten(-1, patches.shape[-2:]).cpu() # (L,H,c,M) -> (L,H,c,h,w)
 
 # %% ../nbs/46_explore.ipynb #6e043414
 def plot_layers(
@@ -166,7 +166,8 @@ def explore(
 def _top_classes(model, image, size, n=3):
     "Indices of the classes with the highest mean logits of class tokens and patches"
     p = next(model.parameters())
-    with evaluating(model): out = model(to_input(image, model.patch_size, size).to(p.device, p.dtype))
+    x = to_input(image, model.patch_size, size, input_spec(model)).to(p.device, p.dtype)
+    with evaluating(model): out = model(x)
     return torch.stack([s for s in out if s is not None]).mean(0)[0].topk(min(n, model.num_classes)).indices.tolist()
 
 def _all_layers(image, maps, names, threshold=.4):

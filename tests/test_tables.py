@@ -7,11 +7,11 @@ from mctformer_nb.seeds import load_seed, save_seed
 from mctformer_nb.tables import FIELDS, PAPER, load_records, summarise
 
 ROOT = Path(__file__).parents[1]
-if not (ROOT/'benchmarks').is_dir() or not (ROOT/'results').is_dir(): pytest.skip('needs the repository', allow_module_level=True)
+if not (ROOT/'experiments').is_dir() or not (ROOT/'results').is_dir(): pytest.skip('needs the repository', allow_module_level=True)
 
 @pytest.fixture(scope='module')
 def reproduce():
-    spec = importlib.util.spec_from_file_location('reproduce', ROOT/'benchmarks'/'reproduce.py'); mod = importlib.util.module_from_spec(spec); spec.loader.exec_module(mod)
+    spec = importlib.util.spec_from_file_location('reproduce', ROOT/'experiments'/'reproduce.py'); mod = importlib.util.module_from_spec(spec); spec.loader.exec_module(mod)
     return mod
 
 def shown(name):
@@ -43,13 +43,13 @@ def test_stored_numbers_are_those_of_the_records(n):
 @pytest.mark.parametrize('name', [*(f'table{n}' for n in PAPER), 'figure4', 'figure5', 'figure6'])
 def test_notebooks_name_a_command_and_assert(name):
     text = sources(name)
-    assert 'assert ' in text and re.search(r'(python benchmarks/\w+\.py|mct_\w+ --)', text)
-    for script in re.findall(r'python (benchmarks/\w+\.py)', text): assert (ROOT/script).is_file(), script
+    assert 'assert ' in text and re.search(r'(python experiments/\w+\.py|mct_\w+ --)', text)
+    for script in re.findall(r'python (experiments/\w+\.py)', text): assert (ROOT/script).is_file(), script
 
 def test_records_of_the_tables_are_complete():
     for name in ('mini_maps', 'mini_tables', 'mini_segmentation'):
         for r in load_records(ROOT/'results'/f'{name}.json'):
-            assert set(FIELDS) <= set(r) and r['command'].startswith('python benchmarks/') and r['hardware'] and r['date'], r
+            assert set(FIELDS) <= set(r) and r['command'].startswith('python experiments/') and r['hardware'] and r['date'], r
             if r['dataset']=='mini': assert r['seed'] in (0, 1, 2) and 0<=r['value']<=100
 
 def test_level_keeps_the_order_and_moves_the_threshold(reproduce, tmp_path):
@@ -62,7 +62,7 @@ def test_level_keeps_the_order_and_moves_the_threshold(reproduce, tmp_path):
     assert ((before>.1)==(after.astype(np.float32)>.3))[clear].all()
 
 def test_table4_from_the_command_line(tmp_path):
-    r = subprocess.run([sys.executable, ROOT/'benchmarks'/'reproduce.py', '--tables', '4', '--json', tmp_path/'t.json', '--out', tmp_path/'runs'], cwd=ROOT, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, ROOT/'experiments'/'reproduce.py', '--tables', '4', '--json', tmp_path/'t.json', '--out', tmp_path/'runs'], cwd=ROOT, capture_output=True, text=True)
     assert r.returncode==0, r.stderr
     found = {(x['row'], x['metric']): x['value'] for x in load_records(tmp_path/'t.json')}
     for row,(params, macs) in PAPER['4']['rows'].items():
@@ -70,5 +70,5 @@ def test_table4_from_the_command_line(tmp_path):
     assert not (tmp_path/'runs').exists()
 
 def test_table6_on_photos_wants_weights(tmp_path):
-    r = subprocess.run([sys.executable, ROOT/'benchmarks'/'reproduce.py', '--data', 'voc:nowhere', '--tables', '6'], cwd=tmp_path, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, ROOT/'experiments'/'reproduce.py', '--data', 'voc:nowhere', '--tables', '6'], cwd=tmp_path, capture_output=True, text=True)
     assert r.returncode==2 and '--resnet38' in r.stderr and not list(tmp_path.iterdir())

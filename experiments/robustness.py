@@ -1,8 +1,8 @@
 """Faults, bad data and fuzzing at length: how often each was tried and what came of it, for results/robustness.json.
 
-    python benchmarks/robustness.py --out runs/robustness              all three, about half an hour on one core
-    python benchmarks/robustness.py --out runs/robustness --only fuzz --seconds 60
-    python benchmarks/robustness.py --out runs/robustness --only none  the records of what is in the folder
+    python experiments/robustness.py --out runs/robustness              all three, about half an hour on one core
+    python experiments/robustness.py --out runs/robustness --only fuzz --seconds 60
+    python experiments/robustness.py --out runs/robustness --only none  the records of what is in the folder
 
 A part that was measured before is replaced. Exit status 1 if a file was lost, an image not named or a reader crashed."""
 import argparse, json, os, subprocess, sys
@@ -19,11 +19,11 @@ def run(args, out): return subprocess.run([sys.executable, *map(str, args)], cwd
 
 def measure(parts, out, seconds):
     if 'faults' in parts: run(['-m', 'pytest', '-m', 'slow', 'tests/test_faults.py'], out)
-    if 'data' in parts: run(['-m', 'pytest', '-m', 'slow', 'tests/test_bad_dataset.py'], out)
+    if 'data' in parts: run(['-m', 'pytest', '-m', 'slow', 'tests/test_bad_input.py'], out)
     if 'fuzz' in parts: run(['tools/fuzz.py', '--seconds', seconds, '--crashes', out/'crashes', '--json', out/'fuzz.json'], out)
 
 def records(out):
-    command = 'python benchmarks/robustness.py --out runs/robustness'
+    command = 'python experiments/robustness.py --out runs/robustness'
     def rec(table, row, metric, value, dataset): return new_record(table, row, value, metric, dataset, command=command)
     for f in sorted(out.glob('faults_*.json')):
         for stage,kinds in read_json(f).items():

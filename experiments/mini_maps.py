@@ -1,6 +1,6 @@
 """Rows of Tables 1, 2 and 5 on the drawn data set: the demonstration with several seeds, every kind of map, the pseudo masks and the segmentation scored, records written.
 
-    python benchmarks/mini_maps.py [--seeds 0 1 2] [--out runs/mini_maps] [--json results/mini_maps.json]
+    python experiments/mini_maps.py [--seeds 0 1 2] [--out runs/mini_maps] [--json results/mini_maps.json]
 
 Started again, it goes on where it stopped."""
 import argparse, statistics
@@ -12,7 +12,7 @@ def main(a):
     found = {}
     for seed in a.seeds:
         m = run_demo(a.out/f'seed{seed}', seed=seed, epochs=a.epochs)
-        records = [new_record(5, DEMO_MAPS[r['map']][3], r[k], metric, 'mini', seed=seed, command=f'python benchmarks/mini_maps.py --seeds {" ".join(map(str, a.seeds))} --epochs {a.epochs}')
+        records = [new_record(5, DEMO_MAPS[r['map']][3], r[k], metric, 'mini', seed=seed, command=f'python experiments/mini_maps.py --seeds {" ".join(map(str, a.seeds))} --epochs {a.epochs}')
                    for r in m['rows'] for k,metric in (('miou','mIoU'), ('fp','FP'), ('fn','FN'))]
         steps = [('1', 'MCTformer (Ours)', 'seed mIoU'), ('1', 'MCTformer (Ours)', 'mask mIoU'), ('2', 'MCTformer (Ours)', 'val mIoU'), ('2', 'the same network, fully supervised', 'val mIoU')]
         records += [new_record(t, row, r['miou'], metric, 'mini', seed=seed, command=records[0]['command']) for (t,row,metric),r in zip(steps, m['steps'])]

@@ -1,6 +1,6 @@
 """The whole chain on real photos, from a trained classifier to masks of new ones: seeds -> CRF labels -> AffinityNet -> walk -> pseudo masks -> DeepLab.
 
-    python benchmarks/voc_animals.py --data voc:PATH/VOC2012 --run runs/voc_v2 --cnn efficientnet_lite0.pth --out runs/voc_chain
+    python experiments/voc_animals.py --data voc:PATH/VOC2012 --run runs/voc_v2 --cnn efficientnet_lite0.pth --out runs/voc_chain
 
 Made for a computer without a GPU: EfficientNet-Lite0 as backbone, photos at 192 pixels, the first --images photos of `train` and then of `trainaug`. Every stage
 goes on where it stopped. Scores of seeds and pseudo masks are those of the photos of `train`, scores of the segmentation those of `val`."""
@@ -11,8 +11,8 @@ from mctformer_nb.affinitynet import load_affinity, train_affinity
 from mctformer_nb.crf import crf_labels
 from mctformer_nb.datasets import get_dataset
 from mctformer_nb.deeplab import train_segment
-from mctformer_nb.mctformer import load_run
 from mctformer_nb.random_walk import make_masks
+from mctformer_nb.runs import load_run
 from mctformer_nb.scores import score_masks, score_table, sweep_threshold
 from mctformer_nb.seeds import extract_seeds, show_seeds
 from mctformer_nb.segment import segment_dataset, show_masks
@@ -28,7 +28,7 @@ def record(a, table, row, r, metric='mIoU', split='train', **extra):
     "Two records: the mean over all classes that occur, and over background and the six frequent ones"
     some = [v['iou'] for k,v in r.per_class.items() if k in ('background', *ANIMALS) and v['iou'] is not None]
     values = {metric: r.best_miou if 'best_miou' in r else r.miou, f'{metric} of background and six classes': float(np.mean(some))}
-    command = f'python benchmarks/voc_animals.py --images {a.images} --epochs {a.epochs}' + (f' --background {a.background}' if a.background else '')
+    command = f'python experiments/voc_animals.py --images {a.images} --epochs {a.epochs}' + (f' --background {a.background}' if a.background else '')
     records = [new_record(table, row, v, m, f'VOC animals, {split}', seed=0, command=command, images=r.n_images, **extra) for m,v in values.items()]
     if a.json: save_records(a.json, records)
     print(f'{row:50}', *(f'{m} {v:5.1f} ' for m,v in values.items()), flush=True)
@@ -49,7 +49,7 @@ def main(a):
     sweep = sweep_threshold(out/'seeds', train); record(a, '1', 'MCTformer (Ours)', sweep, 'seed mIoU', maps=best[1])
     low, high = a.alphas
     print(crf_labels(out/'seeds', ds, out/'labels', alphas=(low, high), workers=a.workers), flush=True)
-    net = load_affinity(train_affinity(out/'labels', ds, out/'affinity', epochs=3, backbone='efficientnet_lite0', pretrained=a.cnn, crop=a.image_size, lr=.003, lr_mult=FREEZE, frozen_stride=0))[0]
+    net = load_affinity(train_affinity(out/'labels', ds, out/'affinity', epochs=3, backbone='efficientnet_lite0', pretrained=a.cnn, recipe='momentum', crop=a.image_size, lr=.003, lr_mult=FREEZE, frozen_stride=0))[0]
     make_masks(out/'seeds', net, ds, out/'masks', background=a.background or sweep.best_threshold, beta=a.beta)
     record(a, '1', 'MCTformer (Ours)', score_masks(out/'masks', train), 'mask mIoU', maps=best[1])
     run = train_segment(out/'masks', ds, out/'deeplab', epochs=a.epochs, backbone='efficientnet_lite0', pretrained=a.cnn, crop=a.image_size, image_size=a.image_size, batch_size=8, optimizer='adamw', lr=4e-4, head_mult=4, lr_mult=FREEZE, dilation=6, cache=True)

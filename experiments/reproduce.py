@@ -1,8 +1,8 @@
 """Tables 4 to 7 and Figures 4, 5 and 6 of the paper: trains what is missing, reuses what is there, writes records and pictures.
 
-    python benchmarks/reproduce.py [--data mini] [--tables 4 5 6 7 fig6 pictures] [--seeds 0 1 2] [--out runs/mini_maps] [--json results/mini_tables.json]
+    python experiments/reproduce.py [--data mini] [--tables 4 5 6 7 fig6 pictures] [--seeds 0 1 2] [--out runs/mini_maps] [--json results/mini_tables.json]
 
-On the drawn data set (`--data mini`, the default) it starts from the folder of `benchmarks/mini_maps.py`, which measures the rows of Tables 1, 2 and 5 that are MCTformer's own,
+On the drawn data set (`--data mini`, the default) it starts from the folder of `experiments/mini_maps.py`, which measures the rows of Tables 1, 2 and 5 that are MCTformer's own,
 and runs that first where it has not been. On other data (`--data voc:PATH/VOC2012 --weights deit_small.pth --resnet38 res38_cls.pth`) every run uses the settings of the paper, and a GPU is needed.
 Stopped at any time and started again, it goes on where it was."""
 import argparse, csv, time
@@ -10,14 +10,17 @@ from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from matplotlib.figure import Figure
+from mctformer_nb.artifacts import load_seed, save_seed
+from mctformer_nb.complexity import complexity
 from mctformer_nb.core import atomic_path, colorize, open_mask, overlay
 from mctformer_nb.datasets import get_dataset
 from mctformer_nb.demo import DEMO_RECIPE, DEMO_SECOND, DEMO_SEEDS, run_demo
-from mctformer_nb.mctformer import MCTformer, complexity, load_run
+from mctformer_nb.mctformer import MCTformer
 from mctformer_nb.pipeline import masks_to_segmentation, seeds_to_masks
-from mctformer_nb.scores import score_masks, sweep_threshold
-from mctformer_nb.seeds import extract_seeds, load_seed, save_seed
 from mctformer_nb.resnet38 import resnet38_complexity
+from mctformer_nb.runs import load_run
+from mctformer_nb.scores import score_masks, sweep_threshold
+from mctformer_nb.seeds import extract_seeds
 from mctformer_nb.tables import PAPER, new_record, save_records
 from mctformer_nb.train import train_classifier
 
@@ -68,7 +71,7 @@ def table4(s, seed):
     cnn = resnet38_complexity()
     for row,c in (('ResNet38', dict(params=cnn['trained'], macs=cnn['macs'])), *ours.items()):      # the paper's count of ResNet38 leaves out what is frozen
         values = {'parameters (M)': c['params']/1e6, 'MACs (G)': c['macs']/1e9}
-        save_records(s.a.json, [new_record('4', row, v, m, PAPER['4']['dataset'], seed=None, command='python benchmarks/reproduce.py --tables 4') for m,v in values.items()])
+        save_records(s.a.json, [new_record('4', row, v, m, PAPER['4']['dataset'], seed=None, command='python experiments/reproduce.py --tables 4') for m,v in values.items()])
         log('table 4', row, values)
 
 def table5(s, seed):
@@ -159,7 +162,7 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); A = p.add_argument
     A('--data', default='mini'); A('--weights', help='weight file of DeiT-S, where the hub cannot be reached'); A('--resnet38', help='weight file of ResNet38, for Table 6 on photos'); A('--tables', nargs='+', default=['4', 'fig6', '5', 'pictures', '7', '6'], choices=['4', '5', '6', '7', 'fig6', 'pictures'])
     A('--seeds', type=int, nargs='+', default=[0, 1, 2]); A('--out', type=Path, default=Path('runs/mini_maps')); A('--json', type=Path, default=Path('results/mini_tables.json'))
-    a = p.parse_args(); a.command = f'python benchmarks/reproduce.py --data {a.data if a.data=="mini" else "voc:PATH"} --tables {" ".join(a.tables)} --seeds {" ".join(map(str, a.seeds))}'
+    a = p.parse_args(); a.command = f'python experiments/reproduce.py --data {a.data if a.data=="mini" else "voc:PATH"} --tables {" ".join(a.tables)} --seeds {" ".join(map(str, a.seeds))}'
     if a.data!='mini' and '6' in a.tables and not a.resnet38: p.error('--resnet38: Table 6 on photos needs the weight file of ResNet38')
     if a.data!='mini' and a.json==Path('results/mini_tables.json'): a.json = Path('results')/f'{a.data.split(":")[0]}_tables.json'
     if a.data!='mini' and a.out==Path('runs/mini_maps'): a.out = Path('runs')/f'{a.data.split(":")[0]}_tables'

@@ -1,6 +1,6 @@
 """Two processes against one: largest difference of the weights and losses after training, files that differ after every other stage.
 
-    python benchmarks/processes.py [--json results/robustness.json]
+    python experiments/processes.py [--json results/robustness.json]
 
 The runs are those of `tests/test_distributed.py`: small networks, the same global batch, gloo on the CPU."""
 import argparse, sys, tempfile
@@ -21,7 +21,7 @@ def differences(a, b):
     return max(float(abs(wa[k]-wb[k]).max()) for k in wa), float((ha.train_loss-hb.train_loss).abs().max())
 
 def main(a):
-    rec, save = [], lambda row, metric, v: new_record('several processes', row, v, metric, 'mini', command='python benchmarks/processes.py')
+    rec, save = [], lambda row, metric, v: new_record('several processes', row, v, metric, 'mini', command='python experiments/processes.py')
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         for what,nets in (('classifier', ['']), ('networks', ['affinity', 'deeplab'])):
