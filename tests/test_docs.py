@@ -47,7 +47,7 @@ def test_reading_order(pages, root):
     side = re.search(r'<nav[^>]*id="quarto-sidebar".*?</nav>', pages['index.html'].path.read_text(encoding='utf-8'), re.S)[0]
     hrefs = [h.removeprefix('./') for h in re.findall(r'href="([^"#]+\.html)"', side)]
     story = [re.sub(r'^\d+[a-z]?_', '', p.stem)+'.html' for p in sorted(sources(root)) if re.match(r'\d', p.name)]
-    assert [h for h in dict.fromkeys(hrefs) if h in story] == story and set(pages) == set(hrefs) | {'index.html'}
+    assert story[0] == 'paper.html' and [h for h in dict.fromkeys(hrefs) if h in story] == story and set(pages) == set(hrefs) | {'index.html'}
 
 def test_links(pages, site):
     dead = []
@@ -108,14 +108,14 @@ def browser(tmp_path_factory):
 
 def errors(browser): return [l['message'] for l in browser.get_log('browser') if l['level'] in ('SEVERE', 'WARNING')]
 
-def five(pages):
-    "Landing, story, tutorial, table, API; a story page instead of what does not exist yet"
+def six(pages):
+    "Landing, the paper, story, tutorial, table, API; a story page instead of what does not exist yet"
     first = lambda folder, other: next((n for n in pages if n.startswith(folder)), other)
-    return ['index.html', 'attention.html', first('tutorials/', 'seeds.html'), first('tables/', 'tables.html'), 'api/seeds.html']
+    return ['index.html', 'paper.html', 'attention.html', first('tutorials/', 'seeds.html'), first('tables/', 'tables.html'), 'api/seeds.html']
 
 @pytest.mark.slow
-def test_five_pages(browser, pages, site):
-    for name in five(pages):
+def test_six_pages(browser, pages, site):
+    for name in six(pages):
         browser.get((site/name).as_uri())
         assert browser.execute_script('return document.querySelector("h1").innerText.length') > 3
         broken = browser.execute_script('return [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src.slice(0, 80))')
@@ -126,6 +126,30 @@ def test_five_pages(browser, pages, site):
             browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=900, deviceScaleFactor=1, mobile=mobile))
             assert browser.execute_script('return document.documentElement.scrollWidth') <= width, f'{name} is wider than {width} pixels'
     browser.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
+
+# code, output, tables and formulas that scroll sideways, or end right of the column that they stand in
+CUT = """const main = document.querySelector("main"), right = main.getBoundingClientRect().right + 2;
+return [...main.querySelectorAll("pre, table, div.sourceCode, .cell-output-display, span.math.display")]
+  .filter(e => e.offsetParent && e.clientWidth && (e.scrollWidth > e.clientWidth + 1 || e.getBoundingClientRect().right > right))
+  .map(e => e.tagName + " " + e.scrollWidth + " in " + e.clientWidth + ": " + e.innerText.slice(0, 60))"""
+
+@pytest.mark.slow
+def test_nothing_is_cut(browser, pages, site):
+    "At 1300 pixels no page has a line of code, a table or a formula that ends outside of what a reader sees"
+    browser.set_window_size(1300, 1000); cut = []
+    for name in pages:
+        browser.get((site/name).as_uri())
+        assert browser.execute_script('return window.innerWidth') == 1300
+        cut += [f'{name}: {e}' for e in browser.execute_script(CUT)]
+    assert not cut, '\n'.join(cut)
+
+@pytest.mark.slow
+def test_cutting_is_seen(browser, tmp_path):
+    "What the test above looks for: a line too long, a table too wide, and one that fits"
+    page = '<main style="width: 500px"><pre style="overflow: auto">%s</pre><table><tr><td style="min-width: %dpx">x</td></tr></table></main>'
+    for long,wide,n in (('x', 100, 0), ('x'*200, 100, 1), ('x', 600, 1)):
+        (tmp_path/'page.html').write_text(page % (long, wide), encoding='utf-8'); browser.get((tmp_path/'page.html').as_uri())
+        assert len(browser.execute_script(CUT)) == n, (long, wide)
 
 @pytest.mark.slow
 def test_mathematics_has_a_size(browser, site):
