@@ -10,10 +10,11 @@ __version__ = "0.1.0"
 
 from importlib import import_module as _import_module
 
+# a function cannot be here under the name of a room: importing the room `random_walk` binds that name to it
 _DOOR = {name: module for module, names in dict(
     datasets='get_dataset Dataset', mctformer='MCTformer build_model', checkpoints='load_reference', runs='load_run save_run',
     attention='localize localize_image plot_maps', frozen='train_frozen', train='train_classifier', seeds='extract_seeds show_seeds',
-    artifacts='load_seed save_seed', crf='crf_labels dense_crf', affinitynet='train_affinity', random_walk='random_walk make_masks',
+    artifacts='load_seed save_seed', crf='crf_labels dense_crf', affinitynet='train_affinity', random_walk='make_masks',
     deeplab='train_segment', segment='segment_dataset', predict='predict_photos', core='overlay',
     scores='score_masks sweep_threshold score_table', views='Views input_spec').items() for name in names.split()}
 __all__ = sorted(_DOOR)

@@ -133,7 +133,7 @@ def run_command(
     with log_progress(30), quiet: status = guarded(parser, a, body)
     found = dict(a.outcome, command=parser.prog, status=status, next=a.next)
     found.setdefault('seconds', round(time.monotonic()-a.start, 2))
-    if a.json=='-': print(json.dumps(to_json(found), indent=1, ensure_ascii=False))
+    if a.json=='-': print(json.dumps(to_json(found), indent=1))            # escapes pass any console whole
     elif a.json and status<2: return guarded(parser, a, lambda _: write_json(a.json, found)) or status
     return status
 

@@ -25,9 +25,10 @@ from torch import nn
 from .backbones import DenseBackbone
 from .core import DataError, need, overlay
 from .datasets import Dataset
-from .deeplab_net import DeepLab, LargeFOV, load_segment, predict_mask, save_segment, shorter_side, show_pictures
-from .learner import PolySchedule, Precision, data_fingerprint, epoch_loader, fit_run, make_dls, param_groups
-from .learner import seeded
+from .deeplab_net import DeepLab, LargeFOV, load_segment, predict_mask, save_segment, shorter_side
+from .deeplab_net import show_pictures
+from .learner import PolySchedule, Precision, data_fingerprint, epoch_loader, fit_run, make_dls
+from .learner import param_groups, seeded
 from .photos import read_mask_file
 from .ranks import local_device, rank, rank_mean
 from .runs import plain, split_options

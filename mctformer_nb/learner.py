@@ -6,11 +6,13 @@
 __all__ = ['RUN_FILES', 'seed_of', 'seeded', 'batch_slices', 'EpochSampler', 'collate_readable', 'epoch_loader', 'make_dls',
            'lr_factor', 'param_groups', 'Schedule', 'CosineSchedule', 'PolySchedule', 'EpochSeeds', 'KeepFrozen',
            'EpochBar', 'Precision', 'metric_columns', 'plot_history', 'merge_metrics', 'unwrap', 'train_together',
-           'data_fingerprint', 'open_run', 'save_state', 'RunFolder', 'epoch_line', 'train_epochs', 'fit_run']
+           'data_fingerprint', 'open_run', 'save_state', 'RunFiles', 'RunFolder', 'epoch_line', 'train_epochs',
+           'fit_run']
 
 # %% ../nbs/09_learner.ipynb #01228783
 import hashlib, json, operator, os, random, shutil, time
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -305,6 +307,7 @@ def data_fingerprint(
 # %% ../nbs/09_learner.ipynb #fbc8b5a3
 RUN_FILES = 'resume.pt', 'history.csv', 'model.safetensors', 'config.json', 'figures/loss.png'
 
+# %% ../nbs/09_learner.ipynb #fb37a443
 def open_run(
     out:str|Path, # run folder
     settings:dict, # plain values, all that decides the result
@@ -342,20 +345,39 @@ def save_state(
     with atomic_path(Path(out)/'resume.pt') as p: torch.save(dict(state, settings=json.dumps(settings), **weights), p)
 
 # %% ../nbs/09_learner.ipynb #9f3e53eb
+@dataclass
+class RunFiles:
+    "A run folder and what is written into it"
+    out:Path # run folder
+    state:dict # from `open_run`; history: one row an epoch
+    settings:dict # as there
+    save:callable # (model, folder, **config)
+    config:dict # for `save`
+    best:str=None # metric whose best epoch is kept
+    log:callable=noop # of one line an epoch
+    def write(self,
+        network:torch.nn.Module, # for `save`
+        **weights, # model, opt, scaler: state dicts to resume from; none of a finished run
+    ):
+        "The last epoch: history, model, best model, state"
+        row = self.state['history'][-1]
+        with atomic_path(self.out/'history.csv') as p:
+            pd.DataFrame(self.state['history']).to_csv(p, index=False, float_format='%.7g')
+        metrics = {k: row[k] for k in ['valid_loss', *metric_columns(row)]}
+        config = dict(self.config, epoch=row['epoch'], metrics=metrics)
+        self.save(network, self.out, **config)
+        if self.best and row[self.best] > self.state['best']:
+            self.save(network, self.out/'best', **config)
+            self.state['best'] = row[self.best]
+        save_state(self.out, self.state, self.settings, **weights)
+
+# %% ../nbs/09_learner.ipynb #11172fa9
 class RunFolder(Callback):
-    "After each epoch: history, model, best model and the state to resume from, in the run folder `out`"
+    "After each epoch a row of measurements, and `RunFiles.write`"
     order = 90
     def __init__(self,
-        out:Path, # run folder
-        state:dict, # from `open_run`
-        settings:dict, # as there
-        save:callable, # (model, folder, **config)
-        config:dict, # for `save`
-        best:str=None, # metric whose best epoch is kept
-        log:callable=noop, # of one line an epoch
-    ):
-        self.out, self.state, self.settings, self.save = out, state, settings, save
-        self.config, self.best, self.log = config, best, log
+        files:RunFiles, # where it goes
+    ): self.files, self.state = files, files.state
     def before_fit(self):
         if scaler := self.state.pop('scaler', None): self.learn.scaler.load_state_dict(scaler)
     def before_epoch(self): self.began, self.losses = time.time(), []
@@ -371,21 +393,10 @@ class RunFolder(Callback):
         row = dict(epoch=self.epoch+1, train_loss=loss, **measured, lr=lr, seconds=round(time.time()-self.began, 2))
         self.state |= dict(epoch=self.epoch+1, history=self.state['history']+[row])
         if rank(): return
-        self.write(row, unwrap(self.model))
-        self.log(epoch_line(self.state['history'], self.n_epoch))
-    def write(self, row, model):
-        with atomic_path(self.out/'history.csv') as p: pd.DataFrame(self.state['history']).to_csv(p, index=False,
-                float_format='%.7g')
-        config = dict(self.config, epoch=row['epoch'],
-                      metrics={k: row[k] for k in ['valid_loss', *metric_columns(row)]})
-        self.save(model, self.out, **config)
-        if self.best and row[self.best] > self.state['best']:
-            self.save(model, self.out/'best', **config)
-            self.state['best'] = row[self.best]
-        scaler = self.learn.scaler.state_dict() if hasattr(self.learn, 'scaler') else {}
-        weights = dict(model=model.state_dict(), opt=self.opt.opt.state_dict(), scaler=scaler)
-        # a finished run needs none
-        save_state(self.out, self.state, self.settings, **({} if row['epoch']==self.n_epoch else weights))
+        network, scaler = unwrap(self.model), getattr(self.learn, 'scaler', None)
+        parts = dict(model=network, opt=self.opt.opt, scaler=scaler) if self.epoch+1 < self.n_epoch else {}
+        self.files.write(network, **{k: part.state_dict() if part else {} for k,part in parts.items()})
+        self.files.log(epoch_line(self.state['history'], self.n_epoch))
 
 # %% ../nbs/09_learner.ipynb #0e8b7365
 def epoch_line(
@@ -403,17 +414,17 @@ def epoch_line(
 # %% ../nbs/09_learner.ipynb #ccb887c3
 def train_epochs(
     make:callable, # (start) -> Learner
-    saver:RunFolder, # with the state of the run
+    files:RunFiles, # with the state of the run
     epochs:int, # in all
     seed:int, # of everything random
 ):
     "The epochs that are not done yet"
-    out, state, first = saver.out, saver.state, not rank()
+    out, state, first = files.out, files.state, not rank()
     start = 'model' not in state
     set_seed(seed_of(seed))
     learn = make(start)
-    if first and start: save_state(out, state, saver.settings)  # only now: a start that fails leaves no run behind
-    learn.add_cbs([EpochSeeds(seed), KeepFrozen(), *[EpochBar()]*first, saver])
+    if first and start: save_state(out, state, files.settings)  # only now: a start that fails leaves no run behind
+    learn.add_cbs([EpochSeeds(seed), KeepFrozen(), *[EpochBar()]*first, RunFolder(files)])
     learn.remove_cb(ProgressCallback)                                     # the run folder reports
     learn.logger = noop
     learn.create_opt()
@@ -423,7 +434,7 @@ def train_epochs(
     if world()>1: train_together(learn)
     try: learn.fit(epochs, start_epoch=state['epoch'])
     except KeyboardInterrupt:
-        saver.log(f"{out}: stopped in epoch {state['epoch']+1}. The same command goes on from epoch {state['epoch']}.")
+        files.log(f"{out}: stopped in epoch {state['epoch']+1}. The same command goes on from epoch {state['epoch']}.")
         raise
 
 # %% ../nbs/09_learner.ipynb #0de27b36
@@ -446,7 +457,7 @@ def fit_run(
         barrier()                                                 # nobody cleans up once the first one writes
         done = f"{out}: finished after {state['epoch']} epochs, nothing to do. Use --fresh to train again."
         if state['epoch']>=epochs: log(done)
-        else: train_epochs(make, RunFolder(out, state, settings, save, config or {}, best, log), epochs, seed)
+        else: train_epochs(make, RunFiles(out, state, settings, save, config or {}, best, log), epochs, seed)
         if not (curves := out/'figures'/'loss.png').exists() and not rank():
             with atomic_path(curves) as p: plot_history(out, options.get('prior')).savefig(p)
     return out

@@ -27,7 +27,7 @@ def log_bad(
     more, bad = ' ...'*(len(report.bad)>1), report.bad
     if bad: log(f'{what}: {len(bad)} files could not be used: {bad[0][1]}{more}')
 
-# %% ../nbs/51_pipeline.ipynb #f8aa298b
+# %% ../nbs/51_pipeline.ipynb #f5e78988
 def seeds_to_masks(
     seeds:str|Path, # folder of seeds of `ds`
     ds:Dataset, # photos with labels

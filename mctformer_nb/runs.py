@@ -6,7 +6,7 @@
 __all__ = ['RUN_KINDS', 'read_state_dict', 'tensors_only', 'strip_prefix', 'packaged_weights', 'check_state', 'weights_digest',
            'RunKind', 'run_kind', 'check_config', 'save_run', 'load_run', 'load_weights', 'plain', 'split_options']
 
-# %% ../nbs/07_runs.ipynb #a2d7248c
+# %% ../nbs/07_runs.ipynb #e801bd55
 import argparse, hashlib, importlib, inspect, pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from . import __version__
 from .core import DataError, atomic_path, need, read_json, write_json
 from .views import input_spec
 
-# %% ../nbs/07_runs.ipynb #a6c2949c
+# %% ../nbs/07_runs.ipynb #64e23e3b
 _SAFE = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0],
          *(type(np.dtype(t)) for t in ('f8', 'f4', 'i8', 'i4', '?'))]
 
@@ -45,19 +45,19 @@ def read_state_dict(
                                            'Get it again') from e
     return tensors_only(sd, path)
 
-# %% ../nbs/07_runs.ipynb #5715c803
+# %% ../nbs/07_runs.ipynb #458c359f
 def tensors_only(
     sd:dict, # a state dict, bare or under 'model' or 'state_dict'
     source:object='state dict', # where it is from, for the message
 ) -> dict: # name -> tensor, float32
     "The state dict inside `sd`, without prefixes of DDP or torch.compile. Raises `DataError`."
-    for key in ('model', 'state_dict'):
+    for key in ('model', 'state_dict', 'teacher'):             # the last: DINO's own files
         if isinstance(sd, dict) and isinstance(sd.get(key), dict): sd = sd[key]
     tensors = isinstance(sd, dict) and sd and all(isinstance(v, torch.Tensor) for v in sd.values())
     need(tensors, source, 'it is not a state dict (a mapping from names to tensors)', 'Save `model.state_dict()`')
     return {k: v.float() if v.is_floating_point() else v for k,v in clean_state_dict(sd).items()}
 
-# %% ../nbs/07_runs.ipynb #10413aa2
+# %% ../nbs/07_runs.ipynb #00bb0c45
 def strip_prefix(
     sd:dict, # name -> tensor, of a foreign file
     core:tuple=('blocks.', 'patch_embed.', 'cls_token', 'pos_embed'), # how names of the network itself begin
@@ -71,7 +71,7 @@ def strip_prefix(
         sd = inner
     return sd
 
-# %% ../nbs/07_runs.ipynb #7208ceaa
+# %% ../nbs/07_runs.ipynb #e7cae1ee
 def packaged_weights(
     name:str, # timm name of a backbone
 ) -> Path: # weight file
@@ -82,7 +82,7 @@ def packaged_weights(
          f'Use {have}, a weight file, or the hub')
     return file
 
-# %% ../nbs/07_runs.ipynb #3908341e
+# %% ../nbs/07_runs.ipynb #b5f4a9d4
 def check_state(
     sd:dict, # name -> tensor that is there
     want:dict, # name -> tensor that is needed
@@ -96,7 +96,7 @@ def check_state(
     wrong = dict(missing=want.keys()-sd.keys(), unexpected=sd.keys()-want.keys(), shape=shapes)
     need(not any(wrong.values()), source, '; '.join(f'{name}: {some(ks)}' for name,ks in wrong.items() if ks), fix)
 
-# %% ../nbs/07_runs.ipynb #9cfd218e
+# %% ../nbs/07_runs.ipynb #77b17fac
 def weights_digest(
     model:nn.Module, # any
 ) -> str: # 16 hexadecimal digits
@@ -107,7 +107,7 @@ def weights_digest(
         h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
-# %% ../nbs/07_runs.ipynb #071d4cb1
+# %% ../nbs/07_runs.ipynb #b5bce322
 @dataclass
 class RunKind:
     "How networks of one kind come back from their run folder"
@@ -115,11 +115,12 @@ class RunKind:
     fields:dict # {name: type} that a configuration must have
     command:str # that trains such runs, for messages
 
-# %% ../nbs/07_runs.ipynb #34655c7d
+# %% ../nbs/07_runs.ipynb #9a0b5358
 RUN_KINDS = {} # name of the kind -> RunKind
 _HOME = dict(classifier='mctformer_nb.frozen', affinitynet='mctformer_nb.affinitynet',
              deeplab='mctformer_nb.deeplab_net')
 
+# %% ../nbs/07_runs.ipynb #699f0bfd
 def run_kind(
     name:str, # of the kind
     file:object='config.json', # that names it, for the message
@@ -130,7 +131,7 @@ def run_kind(
          f'Give a run of: {", ".join(sorted({*RUN_KINDS, *_HOME}))}')
     return RUN_KINDS[name]
 
-# %% ../nbs/07_runs.ipynb #c2ac5262
+# %% ../nbs/07_runs.ipynb #36fcc15f
 def check_config(
     file:str|Path, # config.json, for the message
     cfg:object, # its content
@@ -150,7 +151,7 @@ def check_config(
     need(not odd, file, f'backbone_args hold {", ".join(odd)}, which no run writes', by_hand)
     return cfg
 
-# %% ../nbs/07_runs.ipynb #2bf11556
+# %% ../nbs/07_runs.ipynb #7bf8d770
 def save_run(
     model:nn.Module, # with `run_kind` and `config`
     folder:str|Path, # run folder, made if needed
@@ -171,7 +172,7 @@ def save_run(
     write_json(folder/'config.json', cfg)
     return cfg
 
-# %% ../nbs/07_runs.ipynb #1478e888
+# %% ../nbs/07_runs.ipynb #6d175afc
 def load_run(
     folder:str|Path, # run folder
     backbone:nn.Module=None, # only for a backbone of your own
@@ -187,9 +188,8 @@ def load_run(
     need(kind in (None, found), file, f'is the run of another network ({found})', f'Give a run of {maker}')
     how = run_kind(found, file)
     check_config(file, cfg, **how.fields)
-    n = cfg.get('num_classes')
-    need(num_classes in (None, n), file, f'a model for {n} classes, {num_classes} wanted',
-         'Use the run of the same data set')
+    need(num_classes in (None, cfg.get('num_classes')), file,
+         f'a model for {cfg.get("num_classes")} classes, {num_classes} wanted', 'Use the run of the same data set')
     own = cfg.get('backbone') == 'custom' and backbone is None
     need(not own, file, 'the backbone was a module of your own', 'Load it again with backbone=... and one like it')
     try: model = how.build(cfg, backbone)
@@ -199,7 +199,7 @@ def load_run(
                         'Was it changed by hand? Then train again') from e
     return load_weights(model, file.with_name('model.safetensors'), cfg).eval(), cfg
 
-# %% ../nbs/07_runs.ipynb #e2ed6f76
+# %% ../nbs/07_runs.ipynb #5534241f
 def load_weights(
     model:nn.Module, # changed in place
     path:str|Path, # weight file of a model of this package
@@ -212,7 +212,7 @@ def load_weights(
     if cfg is not None: model.input_spec = input_spec(cfg.get('input') or {})
     return model
 
-# %% ../nbs/07_runs.ipynb #5376be9b
+# %% ../nbs/07_runs.ipynb #ecb45459
 def plain(
     v:object, # value of an option
 ) -> object: # what JSON knows, by name where it cannot be the value itself
@@ -221,7 +221,7 @@ def plain(
     if isinstance(v, (list, tuple)): return [plain(x) for x in v]
     return v if isinstance(v, (int, float, str, type(None))) else str(v) if isinstance(v, Path) else type(v).__name__
 
-# %% ../nbs/07_runs.ipynb #f1975847
+# %% ../nbs/07_runs.ipynb #9ec0a0ad
 def split_options(
     options:dict, # {name: value}
     *receivers:Callable, # functions and classes (dataclasses too) that take some of them

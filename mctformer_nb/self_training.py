@@ -6,7 +6,7 @@
 __all__ = ['tokens_and_affinity', 'cosine_affinity', 'frozen_stages', 'unit', 'SelfTraining', 'photo_cells', 'cell_labels',
            'train_cells', 'cell_probs', 'self_training_settings', 'self_trained_seeds']
 
-# %% ../nbs/25_self_training.ipynb #c856ba23
+# %% ../nbs/25_self_training.ipynb #b18b1ebd
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from .affinity import token_attention
 from .artifacts import is_complete, save_seed
 from .attention import minmax
 from .core import atomic_path, need, progress, read_arrays
-from .frozen import FrozenCAM
+from .frozen import FrozenCAM, at_bits, frozen_precision
 from .other_affinity import OtherAffinity
 from .ranks import local_device
 from .runs import split_options, weights_digest
@@ -26,7 +26,7 @@ from .stage import Output, Work, run_stage
 from .views import input_spec, square_input
 from .vit import capture_qk
 
-# %% ../nbs/25_self_training.ipynb #c680e895
+# %% ../nbs/25_self_training.ipynb #d9952edf
 @torch.no_grad()
 def tokens_and_affinity(
     other:OtherAffinity, # the transformer, and how it is used
@@ -39,7 +39,7 @@ def tokens_and_affinity(
     A = sum(token_attention(l['q'], l['k'], vit.blocks[i].attn.scale)[0, P:, P:] for i,l in qk.items())        # (M,M)
     return t[0, P:].T.unflatten(1, (x.shape[-2]//patch, x.shape[-1]//patch)).float(), A  # (M,D) -> (D,h,w)
 
-# %% ../nbs/25_self_training.ipynb #5f0b5825
+# %% ../nbs/25_self_training.ipynb #ec8a41f0
 def cosine_affinity(
     features:torch.Tensor, # (D,h,w) of one photo
     temperature:float=.2, # tau: the smaller, the stricter
@@ -49,7 +49,7 @@ def cosine_affinity(
     f = F.normalize(f - f.mean(0), dim=-1)
     return (f@f.T/temperature).softmax(-1)
 
-# %% ../nbs/25_self_training.ipynb #4816885b
+# %% ../nbs/25_self_training.ipynb #a11c7d77
 @torch.no_grad()
 def frozen_stages(
     net:nn.Module, # CNN of timm, see `frozen_network`
@@ -60,7 +60,7 @@ def frozen_stages(
     last, stages = net.forward_intermediates(x, indices=n, output_fmt='NCHW')
     return last[0].float(), [s[0].float() for s in stages]
 
-# %% ../nbs/25_self_training.ipynb #167ed479
+# %% ../nbs/25_self_training.ipynb #a8c9e993
 def unit(
     features:torch.Tensor, # (D,h,w)
 ) -> torch.Tensor: # (D,h,w)
@@ -68,7 +68,7 @@ def unit(
     mean, std = features.mean((1, 2), keepdim=True), features.std((1, 2), keepdim=True)
     return (features-mean)/(std+1e-6)
 
-# %% ../nbs/25_self_training.ipynb #b8ec21cf
+# %% ../nbs/25_self_training.ipynb #6e26592b
 @dataclass
 class SelfTraining:
     "How cells teach each other"
@@ -80,11 +80,12 @@ class SelfTraining:
     temperature:float=.2 # of `cosine_affinity`, where there is no transformer
     seed:int=0 # of order and start
     device:str=None # default cuda where there is one
+    precision:str='auto' # of the networks, see `frozen_precision`
     workers:int=4 # threads that read and write
     overwrite:bool=False # write seeds anew that exist
     keep:bool=False # leave what is known about the cells in `_cells`, 1 MB a photo
 
-# %% ../nbs/25_self_training.ipynb #f07194ac
+# %% ../nbs/25_self_training.ipynb #64873bd5
 @torch.no_grad()
 def photo_cells(
     model:FrozenCAM, # gives the class logits
@@ -95,9 +96,12 @@ def photo_cells(
 ) -> dict: # maps (k,h,w), features (D,h,w), affinity (M,M): float16 arrays
     "Everything that later steps need of a photo: refined maps, and its cells"
     device, spec, W = local_device(how.device), model.input_spec, model.head.weight[list(classes)]
+    bits = frozen_precision(how.precision, device)
     sides = (320,) if other else (320, 448)                                # pixels: one view, or the finer one too
-    seen = [frozen_stages(model.net, square_input(image, s, spec).to(device)) for s in sides]
-    if other: tokens, A = tokens_and_affinity(other, other.view(image).to(device))
+    view = lambda side: square_input(image, side, spec).to(device, memory_format=torch.channels_last)
+    with at_bits(bits, device):
+        seen = [frozen_stages(model.net, view(s)) for s in sides]
+        if other: tokens, A = tokens_and_affinity(other, other.view(image).to(device))
     grid = tokens.shape[1:] if other else seen[-1][1][0].shape[1:]         # patches, or cells at stride 16
     resize = lambda f: F.interpolate(f[None], grid, mode='bilinear', align_corners=False)[0]
     stages = [seen[-1][1][-1]] if other else seen[-1][1]  # beside the tokens the last stage, else the last two
@@ -109,7 +113,7 @@ def photo_cells(
     A = A*len(A)                                                           # so that half precision holds small shares
     return {k: v.cpu().half().numpy() for k,v in dict(maps=maps, features=features, affinity=A).items()}
 
-# %% ../nbs/25_self_training.ipynb #947d8e48
+# %% ../nbs/25_self_training.ipynb #69277ee1
 def cell_labels(
     maps:np.ndarray, # (k,h,w) in [0,1] of one photo
     classes:np.ndarray, # (k,) their class indices
@@ -121,7 +125,7 @@ def cell_labels(
     best, which = maps.max(0), maps.argmax(0)
     return np.where(best < low, 0, np.where(best > high, np.asarray(classes)[which]+1, -100))
 
-# %% ../nbs/25_self_training.ipynb #dda49d62
+# %% ../nbs/25_self_training.ipynb #df9578f3
 def train_cells(
     read:object, # position -> features (D,h,w), labels (h,w)
     n:int, # photos
@@ -156,7 +160,7 @@ def train_cells(
         layer.bias -= layer.weight@mean
     return layer.requires_grad_(False)
 
-# %% ../nbs/25_self_training.ipynb #b5200e7c
+# %% ../nbs/25_self_training.ipynb #db26edfc
 def cell_probs(
     layer:nn.Module, # from `train_cells`
     features:np.ndarray, # (D,h,w)
@@ -167,7 +171,7 @@ def cell_probs(
     p = layer(f.flatten(1).T).softmax(-1).T                                # (D,h,w) -> (M,D) -> (C+1,M)
     return p[torch.as_tensor(np.asarray(classes)+1, dtype=torch.long)].unflatten(1, f.shape[1:])
 
-# %% ../nbs/25_self_training.ipynb #f3146996
+# %% ../nbs/25_self_training.ipynb #4e6a396b
 def self_training_settings(
     model:FrozenCAM, # gives the class logits
     ds:'Dataset', # photos
@@ -177,10 +181,11 @@ def self_training_settings(
     "Everything that decides what is in the files"
     by = {k: v for k,v in vars(other).items() if k != 'vit'} | dict(model=weights_digest(other.vit)) if other else None
     learnt = {k: getattr(how, k) for k in ('low', 'high', 'epochs', 'lr', 'weight_decay', 'temperature', 'seed')}
+    learnt['precision'] = frozen_precision(how.precision, local_device(how.device))
     return dict(kind='self-trained', affinity=by, **learnt, photos=len(ds), split=ds.split, classes=list(ds.classes),
                 model=weights_digest(model))
 
-# %% ../nbs/25_self_training.ipynb #dd7c590d
+# %% ../nbs/25_self_training.ipynb #2589a1d3
 def self_trained_seeds(
     model:FrozenCAM, # run of `train_frozen`, moved to the device
     ds:'Dataset', # photos and their labels
@@ -197,7 +202,7 @@ def self_trained_seeds(
     settings = self_training_settings(model, ds, other, how)
     cells = Output(out/'_cells', settings, '_cells.json', what='cells')
     seeds = Output(out, settings, '_seeds.json', what='seeds')
-    model.to(local_device(how.device))
+    model.to(local_device(how.device), memory_format=torch.channels_last)
     def read(id): return ds.image(id), ds.labels(id)
     def know(photos): return [(classes, photo_cells(model, image, classes, other, how)) for image,classes in photos]
     def keep(path, known):

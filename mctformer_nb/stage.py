@@ -227,15 +227,13 @@ def run_stage(
     ids:list, # images
     read:Callable, # id -> item; called by threads, ahead of time
     write:Callable, # (path, result) -> number of classes in the file, or None; called by threads or processes
-    compute:Callable=None, # [item] -> [result], in this thread, by batches; each result holds one for each of several outputs
+    compute:Callable=None, # [item] -> [result], in this thread, by batches; one for each of several outputs in it
     work:Work=None, # how; default `Work()`
 ) -> AttrDict|list: # folder; written, skipped, empty: counts; bad: [(id, problem)]; seconds. A list for several outputs
     "Read, compute, write every image: existing files are skipped, unusable images listed. Raises `DataError`."
     start, work, several = time.time(), work or Work(), isinstance(outs, list)
     many = outs if several else [outs]
-    def results(items):
-        found = compute(items) if compute else items
-        return found if several else [[r] for r in found]
+    def results(items): return [r if several else [r] for r in (compute(items) if compute else items)]
     with connected(), ExitStack() as held:
         for out in many:
             sweep_folder(out.folder)

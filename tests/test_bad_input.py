@@ -345,7 +345,7 @@ def check_all(data, n, how, capfd):
     # training: stops at the first problem, or leaves out what cannot be used
     train = f'{common} --backbone mct_tiny_patch8_96 --image-size 32 --batch-size 16 --no-pretrained --epochs 1 --device cpu --out run'
     assert run('mct_train', train, capfd, work)[0]==2 and not (work/'run').exists()
-    status, err = run('mct_train', train+' --skip-bad', capfd, work); assert status==0; total += named(err, how, 'table', 'line', 'photo')
+    status, err = run('mct_train', train+' --skip-bad', capfd, work); assert status==0, err; total += named(err, how, 'table', 'line', 'photo')
     # stages image by image: everything else is done, status 1
     status, err = run('mct_seeds', f'{common} --run run --out seeds --device cpu --json seeds.json', capfd, work)
     assert status==1; total += named(err, how, 'table', 'line', 'photo')
@@ -357,13 +357,13 @@ def check_all(data, n, how, capfd):
     total += named(err, how, 'table', 'line', 'mask'); assert json.loads((work/'score.json').read_text())['n_images']==usable-len(ids('mask'))
     status, err = run('mct_crf_labels', f'{common} --seeds seeds --out labels --workers 1', capfd, work); assert status==1
     total += named(err, how, 'table', 'line'); assert len(list((work/'labels').glob('*.npz')))==usable and all(id in err for id in ids('photo'))
-    train = f'{common} --labels labels --out affinity --backbone test_resnet --crop 32 --batch-size 16 --epochs 1 --device cpu --skip-bad'
-    status, err = run('mct_affinity', train, capfd, work); assert status==0; total += named(err, how, 'table', 'line')
+    train = f'{common} --labels labels --out affinity --backbone test_resnet --crop 80 --batch-size 16 --epochs 1 --device cpu --skip-bad'
+    status, err = run('mct_affinity', train, capfd, work); assert status==0, err; total += named(err, how, 'table', 'line')
     status, err = run('mct_masks', f'{common} --seeds seeds --affinity affinity --out masks --background score.json --device cpu', capfd, work); assert status==1
     total += named(err, how, 'table', 'line'); assert len(list((work/'masks').glob('*.png')))==usable and all(id in err for id in ids('photo'))
     train = f'{common} --masks {{}} --out {{}} --backbone test_efficientnet --dilation 1 --crop 32 --batch-size 16 --epochs 1 --device cpu'
     assert run('mct_segment_train', train.format('truth', 'deeplab'), capfd, work)[0]==2
-    status, err = run('mct_segment_train', train.format('truth', 'supervised')+' --skip-bad', capfd, work); assert status==0
+    status, err = run('mct_segment_train', train.format('truth', 'supervised')+' --skip-bad', capfd, work); assert status==0, err
     total += named(err, {k: w for k,w in how.items() if w!='no_mask'}, 'table', 'line', 'photo', 'mask')
     assert run('mct_segment_train', train.format('masks', 'deeplab')+' --skip-bad', capfd, work)[0]==0
     status, err = run('mct_segment', f'{common} --split all --run deeplab --out pred --scales 1 --workers 1 --device cpu', capfd, work); assert status==1

@@ -82,7 +82,7 @@ def test_bad_photo_ends_with_status_1(here, capsys, tmp_path):
 def test_one_line_errors(here, capsys):
     seeds = lambda *a: ('mct_seeds', ['--run', 'run', '--data', 'folder:data', '--out', 'x', '--device', 'cpu', *a])
     for (command, argv), words in [
-        (seeds('--layers', '0'), ["'0'", 'at least 1']), (seeds('--layers', '99'), ['from 1 to']), (seeds('--scales', '1,x'), ["'x'", 'not a number']),
+        (seeds('--layers', '0'), ["'0'", 'at least 1']), (seeds('--layers', '99'), ['1 to 6']), (seeds('--scales', '1,x'), ["'x'", 'not a number']),
         (seeds('--run', 'gone'), ['gone']), (seeds('--data', 'folder:gone'), ['gone']), (seeds('--data', 'disk:data'), ['disk']), (seeds('--split', 'nosplit'), ['nosplit']),
         (seeds('--device', 'gpu9'), ['gpu9']), (seeds('--label-threshold', '1.5'), ["'1.5'", 'at most 1']), (seeds('--batch-size', '0'), ["'0'"]), (seeds('--colour'), ['--colour', '--help']),
         (('mct_seeds', []), ['--data', '--run']), (('mct_score', ['--pred', 'gone', '--data', 'folder:data']), ['gone', 'no such folder']),
@@ -90,7 +90,7 @@ def test_one_line_errors(here, capsys):
         (('mct_score', ['--pred', 'data/masks', '--data', 'folder:data', '--figure', 'f.png']), ['sweep']),
         (('mct_train', [*TRAIN, '--out', 'y', '--epochs', '0']), ["'0'", 'at least 1']), (('mct_train', [*TRAIN, '--out', 'y', '--image-size', '30']), ['30']),
         (('mct_train', [*TRAIN, '--out', 'y', '--pretrained', 'gone.pth']), ['gone.pth']), (('mct_train', [*TRAIN, '--out', 'y', '--backbone', 'resnet18']), ['resnet18']),
-        (('mct_train', [*TRAIN, '--out', 'run', '--lr', '0.5']), ['lr was', '--fresh']), (('mct_info', ['--backbone', 'deit_smal_patch16_224']), ['Did you mean']),
+        (('mct_train', [*TRAIN, '--out', 'run', '--lr', '0.5']), ['lr was', '--fresh']), (('mct_info', ['--backbone', 'deit_smal_patch16_224']), ['Perhaps you mean deit_small_patch16_224']),
         (('mct_info', ['--image-size', '225']), ['225']), (('mct_convert', ['gone.pth', '--out', 'z']), ['gone.pth']), (('mct_convert', ['data/labels.csv', '--out', 'z']), ['labels.csv']),
         (('mct_convert', ['gone.pth', '--out', 'run']), ['--overwrite']), (('mct_prepare_voc', ['gone']), ['gone']), (('mct_demo', ['--seed', '-1']), ["'-1'"])]:
         fails(command, argv, capsys, *words)
@@ -114,9 +114,9 @@ def test_debug_shows_the_traceback(here):
     with pytest.raises(ValueError, match='gone'): cli.mct_seeds(['--run', 'gone', '--data', 'folder:data', '--out', 'x', '--debug'])
 
 def test_interrupt(here, capsys, monkeypatch):
-    import mctformer_nb.seeds as s
+    import mctformer_nb.stage as s
     def stop(*a): raise KeyboardInterrupt
-    monkeypatch.setattr(s, '_compute', stop)
+    monkeypatch.setattr(s, 'compute_batch', stop)
     assert cli.mct_seeds([*SEEDS[:4], '--out', 'stopped', '--device', 'cpu']) == 130
     assert 'Run the same command again to resume' in capsys.readouterr().err
     assert cli.mct_seeds([*SEEDS[:4], '--out', 'stopped', '--device', 'cpu', '--overwrite']) == 130
@@ -125,7 +125,7 @@ def test_interrupt(here, capsys, monkeypatch):
     assert cli.mct_seeds([*SEEDS[:4], '--out', 'stopped', '--device', 'cpu']) == 0
 
 def test_ctrl_c_in_a_shell(here, root):
-    code = 'import sys, time; from mctformer_nb import cli, seeds\ndef wait(*a): print("ready", flush=True); time.sleep(60)\nseeds._compute = wait; sys.exit(cli.mct_seeds(sys.argv[1:]))'
+    code = 'import sys, time; from mctformer_nb import cli, stage\ndef wait(*a): print("ready", flush=True); time.sleep(60)\nstage.compute_batch = wait; sys.exit(cli.mct_seeds(sys.argv[1:]))'
     p = subprocess.Popen([sys.executable, '-c', code, *SEEDS[:4], '--out', 'stopped2', '--device', 'cpu'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                          env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])))
     assert p.stdout.readline() == 'ready\n'; p.send_signal(signal.SIGINT)
@@ -148,6 +148,44 @@ def test_json_to_stdout(here, capsys):
     assert found['status'] == 2 and 'gone' in found['error']
     assert cli.mct_seeds(['--run', 'gone', '--data', 'folder:data', '--json', 'error.json']) == 2 and not (here/'error.json').exists()
 
+@pytest.mark.skipif(os.name != 'posix', reason='permissions of POSIX')
+@pytest.mark.parametrize('mask', [0o022, 0o002, 0o077])
+def test_others_may_read_what_the_umask_lets_them(here, tmp_path, mask):
+    "Every file of a run, weights too: safetensors' own writer makes them private"
+    before = os.umask(mask)
+    try: assert cli.mct_train([*TRAIN, '--valid-split', 'train', '--out', str(tmp_path/'run')]) == 0
+    finally: os.umask(before)
+    modes = {p.relative_to(tmp_path/'run').as_posix(): p.stat().st_mode & 0o777 for p in (tmp_path/'run').rglob('*') if p.is_file()}
+    assert {'model.safetensors', 'best/model.safetensors', 'config.json', 'history.csv', 'resume.pt'} <= modes.keys() and set(modes.values()) == {0o666 & ~mask}, modes
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'utf-16-le', 'utf-16-be'])
+def test_class_names_of_a_conversion_in_any_encoding(tmp_path, encoding, capsys):
+    import torch
+    from test_models import reference_weights
+    names, mark = ['caf\u00e9', '\u732b', 'dog'], '\ufeff' if encoding[-2:] in ('le', 'be') else ''
+    torch.save(dict(model=reference_weights('v2')), tmp_path/'r.pth'); (tmp_path/'names.txt').write_bytes((mark + '\r\n'.join(names) + '\r\n').encode(encoding))
+    argv = [str(tmp_path/'r.pth'), '--out', str(tmp_path/'run'), '--image-size', '32', '--classes']
+    assert cli.mct_convert([*argv, str(tmp_path/'names.txt')]) == 0 and json.loads((tmp_path/'run/config.json').read_text(encoding='utf-8'))['classes'] == names
+    (tmp_path/'names.txt').write_bytes('caf\u00e9\ncat\ndog\n'.encode('latin-1'))
+    fails('mct_convert', [*argv, tmp_path/'names.txt', '--overwrite'], capsys, 'names.txt', 'UTF-8')
+    fails('mct_convert', [*argv, 'cat,dog', '--overwrite'], capsys, '2 class names for 3 classes')
+
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
+def test_class_names_that_the_console_cannot_show(tmp_path, root, encoding):
+    "They are shown as question marks, or escaped in JSON; files have them whole"
+    make_folder(tmp_path/'data'); names = ['\u732b', 'caf\u00e9', *mini_classes()[2:]]
+    for f in ('labels.csv', 'classes.txt'):
+        text = (tmp_path/'data'/f).read_text(); text = re.sub(rf'\b{mini_classes()[0]}\b', names[0], re.sub(rf'\b{mini_classes()[1]}\b', names[1], text))
+        (tmp_path/'data'/f).write_text(text, encoding='utf-8')
+    code = 'import sys, shlex; from mctformer_nb import cli\nfor line in sys.argv[1:]:\n  name, *argv = shlex.split(line)\n  assert getattr(cli, name)(argv) == 0, line'
+    lines = [f'mct_train {shlex.join(TRAIN)} --out run', 'mct_seeds --run run --data folder:data --device cpu --out seeds', 'mct_score --pred seeds --data folder:data', 'mct_score --pred data/masks --data folder:data --json -']
+    env = {k: v for k,v in os.environ.items() if k not in ('PYTHONUTF8', 'LC_ALL', 'LANG')} | dict(PYTHONIOENCODING=encoding, PYTHONPATH=str(root))
+    r = subprocess.run([sys.executable, '-c', code, *lines], cwd=tmp_path, env=env, capture_output=True)
+    assert r.returncode == 0, r.stderr.decode(encoding, 'replace')
+    out = r.stdout.decode(encoding); found = json.loads(out[out.rindex('\n{'):])
+    assert {*names} <= found['per_class'].keys() and json.loads((tmp_path/'run/config.json').read_text(encoding='utf-8'))['classes'] == names
+    assert ('caf?' in out) == (encoding == 'ascii') and '?' in out
+
 def test_following_the_hints(here, capsys):
     "The chain by its own hints and default folders, from the first command on"
     argv = [*TRAIN, '--out', 'hints']
@@ -160,16 +198,26 @@ def test_following_the_hints(here, capsys):
     assert seen == ['mct_train', 'mct_seeds', 'mct_score', 'mct_crf_labels']
     assert line.removesuffix(' --recipe quick') == 'mct_affinity --labels hints/labels --data folder:data --split train' and len(list((here/'hints/labels').glob('*.npz'))) == 8
 
-def test_recipes():
-    "What is given wins over the recipe; drawn data take the quick one unless told otherwise"
+@pytest.mark.parametrize('gpu', [True, False])
+def test_recipes(monkeypatch, gpu):
+    "What is given wins over the recipe; without a word drawn data take the quick one, photographs on a computer without a GPU the frozen one"
     import argparse
-    made = lambda data, **kw: (a := argparse.Namespace(data=data, **dict(dict(recipe=None, backbone=None, epochs=None, lr_mult=None), **kw)), cli._recipe(a, 'train', dict(backbone='deit_small_patch16_224', epochs=60)))[0]
-    assert (made('folder:x').backbone, made('folder:x').epochs) == ('deit_small_patch16_224', 60)
+    monkeypatch.setattr('torch.cuda.is_available', lambda: gpu)
+    def made(data, stage='train', **kw):
+        a = argparse.Namespace(data=data, **dict(dict.fromkeys(('recipe', 'backbone', 'pretrained', 'variant', 'epochs', 'lr_mult')), **kw))
+        cli.fill_recipe(a, stage, dict(backbone='deit_small_patch16_224', epochs=60)); return a
+    full = made('folder:x', recipe='reference')
+    assert (full.backbone, full.epochs, full.lr_mult) == ('deit_small_patch16_224', 60, None)
     quick = made('folder:x', recipe='quick', epochs=3)
     assert (quick.backbone, quick.epochs, quick.image_size) == ('mct_tiny_patch8_96', 3, 96) and quick.lr_mult
     assert made('mini').recipe == 'quick' and made('mini', recipe='reference').epochs == 60
-    other = made('mini', backbone='deit_tiny_patch16_224')
-    assert other.recipe == 'reference' and not other.lr_mult
+    assert made('folder:x').recipe == ('reference' if gpu else 'frozen')
+    for kw in (dict(backbone='deit_tiny_patch16_224'), dict(pretrained='w.pth'), dict(variant='v2')):          # whoever names a network means the paper's training
+        for data in ('mini', 'voc:x'): other = made(data, **kw); assert other.recipe == 'reference' and not other.lr_mult
+    for stage in ('affinity', 'segment'):
+        frozen = made('voc:x', stage, recipe='frozen', epochs=7)
+        assert frozen.epochs == 7 and frozen.lr_mult and Path(frozen.pretrained).is_file() and frozen.backbone == Path(frozen.pretrained).stem
+        assert not made('voc:x', stage, recipe='frozen', backbone='resnet18', pretrained='w.pth').lr_mult               # made for another network
 
 def test_reader_that_leaves(here, root):
     "`| head -1` ends the command without a message"
@@ -181,7 +229,7 @@ def test_reader_that_leaves(here, root):
 def test_hint_of_affinity_names_the_seeds(tmp_path, monkeypatch, seeds, hint):
     "Beside the affinity they are found without a word, beside the labels they are named, elsewhere the user is asked"
     import mctformer_nb.affinitynet as A, mctformer_nb.cli_masks as M
-    monkeypatch.chdir(tmp_path); monkeypatch.setattr(A, 'train_affinity', lambda *a, **kw: None); monkeypatch.setattr(M, '_trained', lambda a: None)
+    monkeypatch.chdir(tmp_path); monkeypatch.setattr(A, 'train_affinity', lambda *a, **kw: None); monkeypatch.setattr(M, 'report_training', lambda a: None)
     if seeds: (tmp_path/seeds).mkdir(parents=True)
     assert M.mct_affinity(['--labels', 'labels', '--data', 'mini', '--out', 'runs/affinity', '--json', 'a.json'])==0
     assert json.loads((tmp_path/'a.json').read_text())['next'].startswith(f'mct_masks {hint}--affinity runs/affinity --data mini ')
@@ -203,7 +251,7 @@ def test_every_command_that_is_told_is_understood(monkeypatch, capsys):
     "As its own parser reads it; of a mere mention only the options. The examples of --help too"
     parsers = {}
     def parse(p, argv, body): parsers[p.prog] = p; p.parse_args(argv); return 0
-    monkeypatch.setattr(cli, '_run', parse); monkeypatch.setattr(cli_masks, '_run', parse)
+    monkeypatch.setattr('mctformer_nb.command.run_command', parse)
     def understood(line):
         name, *argv = shlex.split(line, comments=True); command = getattr(cli, name, None) or getattr(cli_masks, name)
         try: return command(argv) == 0

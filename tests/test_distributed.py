@@ -12,12 +12,13 @@ def photos(n=24):
 
 def seeds(out, overwrite=False, slow=0.):
     import torch; torch.set_num_threads(1)
-    import mctformer_nb.seeds as s
+    import mctformer_nb.stage as s
+    from mctformer_nb.seeds import extract_seeds
     from test_seeds import make_model
-    compute = s._compute
+    compute = s.compute_batch
     def slowly(*a): time.sleep(slow); return compute(*a)
-    if slow: s._compute = slowly
-    r = s.extract_seeds(make_model(8), photos(), out, batch_size=4, workers=1, device='cpu', overwrite=overwrite)
+    if slow: s.compute_batch = slowly
+    r = extract_seeds(make_model(8), photos(), out, batch_size=4, workers=1, device='cpu', overwrite=overwrite)
     print(f'written {r.written} skipped {r.skipped}', flush=True)
 
 def classifier(out, epochs=3):

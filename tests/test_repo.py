@@ -87,6 +87,30 @@ def test_light_imports(mod):
     assert r.returncode==0, r.stderr
     assert not r.stdout.split(), f'{PKG}.{mod} loads {r.stdout.strip()}'
 
+def test_the_door_is_light():
+    "`import mctformer_nb as mct` loads nothing, and each of its names comes from the room that has it, when it is first used"
+    code = f"""import sys, {PKG} as mct
+assert not {{'torch', 'fastai', 'timm', 'numpy'}} & set(sys.modules), 'the door is heavy'
+assert set(mct.__all__) <= set(dir(mct))
+for name in mct.__all__: assert callable(getattr(mct, name)), name
+from {PKG} import *
+assert MCTformer is mct.MCTformer
+try: mct.nothing
+except AttributeError as e: print(str(e)[:60])"""
+    r = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+    assert "no attribute 'nothing'" in r.stdout
+    mct = importlib.import_module(PKG)
+    homes = {name: getattr(mct, name).__module__ for name in mct.__all__}
+    assert all(m.startswith(f'{PKG}.') and m.split('.')[1] in ORDER for m in homes.values()), homes
+
+@pytest.mark.skipif('all' not in ORDER, reason='no notebook exports `all`')
+def test_all_has_everything():
+    "`from mctformer_nb.all import *` gives every public function and class of the stages, no name standing for two things"
+    every = importlib.import_module(f'{PKG}.all'); names = set(getattr(every, '__all__', None) or [k for k in vars(every) if not k.startswith('_')])
+    assert names >= set(importlib.import_module(PKG).__all__)
+    assert all(getattr(every, k) is getattr(importlib.import_module(PKG), k) for k in importlib.import_module(PKG).__all__)
+
 # ---- the form of notebooks
 
 @each_notebook
@@ -168,6 +192,41 @@ def test_exported_cells(nb):
         if groups and imports: wrong.append(f'{what}: imports belong in a cell of their own')
         if len(lines)>MAX_LINES and not has_module_class(nb, tree): wrong.append(f'{what}: {len(lines)} lines')
     assert not wrong, '\n'.join(wrong)
+
+# ---- how exported code reads: the figures of tools/house.py
+
+sys.path.insert(0, str(ROOT/'tools'))
+import house
+
+@each_module
+def test_lines(nb):
+    "At most 120 characters; one statement a line, where `if x: y` and `def f(x): return y` are one"
+    wrong = []
+    for src in nb.exported():
+        lines = src.splitlines(); starts = [n.lineno for n in ast.walk(parse(src)) if isinstance(n, ast.stmt)]
+        wrong += [f'{len(l)} characters: {l.strip()[:60]} ...' for l in house.code_lines(src) if len(l)>120]
+        wrong += [f'{starts.count(k)} statements: {lines[k-1].strip()}' for k in sorted(set(starts)) if starts.count(k)>2]
+        if house.semicolons(src): wrong += [f'a semicolon: {l.strip()}' for l in lines if ';' in l]
+    assert not wrong, '\n'.join(wrong)
+
+@each_module
+def test_parameters(nb):
+    "What takes more than 8 is told by a dataclass, or by documented **options"
+    wrong = [f'{name}: {house.parameters(f)} parameters' for src in nb.exported() for name,f in house.public_functions(parse(src)) if house.parameters(f)>8]
+    assert not wrong, '\n'.join(wrong)
+
+@each_module
+def test_no_private_names_of_other_modules(nb):
+    wrong = [k for src in nb.exported() for k in house.private_imports(parse(src), nb.module)]
+    assert not wrong, 'make them public, or do without: ' + ', '.join(wrong)
+
+def test_figures_of_the_house():
+    "No figure gets worse. The first five are rules; the rest is where the package stands, to be moved in the good direction only"
+    r = house.measure()
+    most = dict(long_lines=0, semicolons=0, most_parameters=8, private_per_public=.5, raise_per_100=3, cell_median=12, cells_over_25=0)
+    least = dict(asserts_per_cell=2, examples=80, science=54)
+    wrong = {k: r[k] for k,v in most.items() if r[k]>v} | {k: r[k] for k,v in least.items() if r[k]<v}
+    assert not wrong and not r['private_imports'], f'{wrong}: see tools/house.py'
 
 # Paths of whoever ran the notebook; pictures are left out, since base64 can spell anything.
 ABSOLUTE = re.compile(r'(?<![\w.~-])/(?:work|root|tmp|home|Users)/')

@@ -9,7 +9,7 @@ from mctformer_nb.crf import load_crf_label
 from mctformer_nb.datasets import get_dataset
 from mctformer_nb.voc import read_sbd_mask
 from mctformer_nb.mctformer import MCTformer, load_reference, load_run, save_run
-from mctformer_nb.scores import _read_seed
+from mctformer_nb.scores import read_seed
 from mctformer_nb.seeds import load_seed
 from mctformer_nb.vit import read_state_dict
 
@@ -40,7 +40,7 @@ def test_pickle_named_safetensors(tmp_path, mark):
     torch.save(Evil(mark), tmp_path/'x.safetensors')
     with pytest.raises(DataError): read_state_dict(tmp_path/'x.safetensors')
 
-@pytest.mark.parametrize('read,names', [(load_seed, ('classes', 'maps')), (_read_seed, ('classes', 'maps')), (load_crf_label, ('classes', 'low', 'high'))])
+@pytest.mark.parametrize('read,names', [(load_seed, ('classes', 'maps')), (read_seed, ('classes', 'maps')), (load_crf_label, ('classes', 'low', 'high'))])
 def test_archives_of_arrays(tmp_path, mark, read, names):
     evil = np.empty(1, object); evil[0] = Evil(mark)
     np.savez(tmp_path/'x.npz', **{n: evil for n in names})

@@ -55,13 +55,13 @@ def test_order_of_images_does_not_matter(many, tmp_path):
 
 SLOW_RUN = '''
 import sys, time; sys.path[:0] = [sys.argv[1], sys.argv[1]+'/tests']
-import test_seeds as t, mctformer_nb.seeds as s, torch
+import test_seeds as t, mctformer_nb.stage as s, torch
 torch.set_num_threads(1)
-compute = s._compute
+compute = s.compute_batch
 def slowly(*a): time.sleep(.3); return compute(*a)
-s._compute = slowly
+s.compute_batch = slowly
 print('start', flush=True)
-s.extract_seeds(t.make_model(), t.get_dataset('folder:'+sys.argv[2]), sys.argv[3], batch_size=4)
+t.extract_seeds(t.make_model(), t.get_dataset('folder:'+sys.argv[2]), sys.argv[3], batch_size=4)
 '''
 
 def test_killed_run_resumes_to_the_same_files(many, many_root, tmp_path, root):
@@ -147,11 +147,11 @@ def test_disk_errors_are_not_swallowed(many, tmp_path, monkeypatch):
 
 def test_memory_error_splits_the_batch(many, tmp_path, monkeypatch):
     import mctformer_nb.seeds as s
-    small = s._batch_kinds
+    small = s.batch_maps
     def tight(model, views, *a, **kw):
         if len(views[0]) > 1 or views[0].shape[-1] > 60: raise torch.OutOfMemoryError('too much')
         return small(model, views, *a, **kw)
-    monkeypatch.setattr(s, '_batch_kinds', tight)
+    monkeypatch.setattr(s, 'batch_maps', tight)
     r = extract_seeds(make_model(), many, tmp_path)
     assert len(r.bad) == 8 and r.written == 32 and 'image_size' in r.bad[0][1]         # the eight of 64 x 64
 

@@ -5,8 +5,9 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from mctformer_nb.core import DataError
+from mctformer_nb.datasets import get_dataset
 from mctformer_nb.mctformer import load_run
-from mctformer_nb.train import train_classifier
+from mctformer_nb.train import Photos, average_precision, make_loaders, make_transform, train_classifier
 
 class Stripes:
     "Photos of stripes; the class is their direction"
@@ -82,6 +83,34 @@ def test_unreadable_photo(tmp_path, capfd):
     class Bad(Stripes): bad = 7
     with pytest.raises(DataError, match='photos/7.jpg: is truncated'): train(tmp_path/'a', Bad(), epochs=2)
     train(tmp_path/'b', Bad(), epochs=2, on_bad='skip'); assert 'left out: photos/7.jpg' in capfd.readouterr().err
+
+def make_folder(root, labels, n=6):
+    "Photos 0 to n-1 with the given lines of the table"
+    (root/'images').mkdir(parents=True)
+    for i in range(n): Stripes().image(i).save(root/f'images/{i}.png')
+    (root/'labels.csv').write_text('image,labels\n' + ''.join(f'{i}.png,{names}\n' for i,names in labels.items()))
+    return get_dataset(f'folder:{root}')
+
+def test_an_empty_label_is_a_negative(tmp_path):
+    "A photo with a line and no label is trained on and validated with; a photo without a line is neither"
+    ds = make_folder(tmp_path/'data', {0: 'across', 1: 'down', 2: '', 4: 'across;down'}); photos = Photos(ds, make_transform('squash', 16))
+    assert [ds.ids[i] for i in photos.at]==['0', '1', '2', '4'] and photos.y.tolist()==[[1, 0], [0, 1], [0, 0], [1, 1]] and photos.unlabelled==2
+    dls = make_loaders(ds, ds, image_size=16, batch_size=4, aug='squash', valid_aug='squash')
+    assert sorted(map(tuple, next(iter(dls.train))[1].tolist()))==sorted(map(tuple, photos.y.tolist())) and sum(len(y) for _,y in dls.valid)==4
+
+def test_one_class_can_be_wrong(tmp_path):
+    "With negatives, mAP of a single class tells something: a model that prefers them is not at 100"
+    ds = make_folder(tmp_path/'data', {0: 'cat', 1: '', 2: 'cat', 3: ''}, n=4)
+    y = torch.cat([y for _,y in make_loaders(ds, ds, image_size=16, batch_size=4, valid_aug='squash').valid]).numpy()
+    assert y.ravel().tolist()==[1, 0, 1, 0]
+    assert average_precision(y, y)[0]==1 and average_precision(1-y, y)[0]<=.5           # of 4 photos 2 show it: all of them equal would be .5
+
+def test_training_says_what_it_understood(tmp_path, capfd):
+    ds = make_folder(tmp_path/'data', {0: 'across', 1: 'down', 2: '', 4: 'across'})
+    said = []; train(tmp_path/'run', ds, epochs=1, log=said.append); first = said[0]
+    assert ds.understood in first and 'across 2, down 1' in first and 'negatives): 1' in first and '2 without label' in first
+    prior = -np.log(.5) - .25*np.log(.25) - .75*np.log(.75)                         # V2's two losses: the entropies of 2 in 4 and of 1 in 4
+    assert f'label frequencies {prior:.4f}' in first
 
 if __name__=='__main__':
     out, name, times = sys.argv[1:]; die_at(name, int(times)); train(out)

@@ -145,17 +145,17 @@ def target_coco(root):
 def arrays(f, **kw): o = io.BytesIO(); f(o, **kw); return o.getvalue()
 
 def target_seed(root):
-    from mctformer_nb.scores import _read_seed
-    from mctformer_nb.seeds import _done, load_seed
+    from mctformer_nb.artifacts import is_complete, load_seed
+    from mctformer_nb.scores import read_seed
     kw = dict(classes=np.array([0, 3]), maps=np.random.default_rng(0).random((2, 6, 7)).astype(np.float16))
     def read(p):
-        _done(p); load_seed(p); _read_seed(p)
+        is_complete(p); load_seed(p); read_seed(p)
     return [arrays(np.savez, **kw), arrays(np.savez_compressed, **kw)], 'a.npz', read
 
 def target_label(root):
-    from mctformer_nb.crf import _done, load_crf_label
+    from mctformer_nb.artifacts import is_complete, load_crf_label
     p = np.random.default_rng(0).random((3, 6, 7)).astype(np.float16); kw = dict(classes=np.array([0, 3]), low=p, high=p)
-    return [arrays(np.savez, **kw), arrays(np.savez_compressed, **kw)], 'a.npz', lambda p: (_done(p), load_crf_label(p))
+    return [arrays(np.savez, **kw), arrays(np.savez_compressed, **kw)], 'a.npz', lambda p: (is_complete(p), load_crf_label(p))
 
 def target_photo(root):
     from mctformer_nb.core import image_size, open_image

@@ -21,17 +21,17 @@ import numpy as np, torch, torch.nn.functional as F
 from safetensors.torch import save_file
 from sklearn.metrics import average_precision_score
 from torch import nn
-from mctformer_nb.mini import _PRETRAIN, draw_scene
+from mctformer_nb.mini import PRETRAIN, draw_scene
 from mctformer_nb.vit import build_vit
 
-BODIES = list(dict.fromkeys(b for b,_,_ in _PRETRAIN.values())); PARTS = list(dict.fromkeys(p for _,p,_ in _PRETRAIN.values()))
+BODIES = list(dict.fromkeys(b for b,_,_ in PRETRAIN.values())); PARTS = list(dict.fromkeys(p for _,p,_ in PRETRAIN.values()))
 MEAN, STD = (torch.tensor(v).view(3,1,1) for v in ((.485,.456,.406), (.229,.224,.225)))
 
 def attributes(mask):
     "Multi-hot vector of the bodies and parts in a scene"
     y = np.zeros(len(BODIES)+len(PARTS), np.float32)
     for c in np.unique(mask[mask>0]):
-        b,p,_ = list(_PRETRAIN.values())[c-1]; y[BODIES.index(b)] = y[len(BODIES)+PARTS.index(p)] = 1
+        b,p,_ = list(PRETRAIN.values())[c-1]; y[BODIES.index(b)] = y[len(BODIES)+PARTS.index(p)] = 1
     return y
 
 def one(args):

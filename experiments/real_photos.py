@@ -1,0 +1,60 @@
+"""The whole chain on real photographs from image-level labels alone, on a computer without a GPU:
+frozen EfficientNet-Lite0 -> seeds -> masks by the photo's edges -> DeepLab -> masks of unseen photos.
+
+    python experiments/real_photos.py --data voc:PATH/VOC2012 [--affinity vit_small_patch14_dinov2 --affinity-weights FILE] --out runs/real_photos [--epochs 20] [--stop masks]
+
+Every stage goes on where it stopped. Seeds and pseudo masks are scored on the photos of `train`, the segmentation on those of `val`. Nothing is chosen on masks of `val`; the
+background is the constant 0.4; beside it stands the best one of a sweep on the masks of `train`."""
+import argparse, time
+from pathlib import Path
+import numpy as np
+from mctformer_nb.cli import FROZEN_RECIPE
+from mctformer_nb.crf_masks import make_crf_masks
+from mctformer_nb.datasets import get_dataset
+from mctformer_nb.frozen import train_frozen
+from mctformer_nb.other_affinity import OtherAffinity, affinity_vit
+from mctformer_nb.runs import load_run, packaged_weights
+from mctformer_nb.scores import fixed_threshold, score_masks, score_table, sweep_threshold
+from mctformer_nb.self_training import self_trained_seeds
+from mctformer_nb.tables import new_record, save_records
+
+ANIMALS = ['cat', 'dog', 'cow', 'horse', 'sheep', 'person']
+
+class Log:
+    "Records of the stages, with the seconds each took"
+    def __init__(self, a): self.a, self.kind = a, 'affinity of a ViT fine-tuned for saliency' if a.affinity else 'CNN alone'
+    def __call__(self, stage, r, split, seconds=None, **extra):
+        some = float(np.mean([v['iou'] for k,v in r.per_class.items() if k in ('background', *ANIMALS) and v['iou'] is not None]))
+        command = 'python experiments/real_photos.py' + (f' --affinity {self.a.affinity}' if self.a.affinity else '')
+        common = dict(command=command, seed=0, images=r.n_images, **extra, **({} if seconds is None else dict(seconds=round(seconds))))
+        values = {'mIoU': r.get('best_miou', r.get('miou')), 'mIoU of background and six classes': some}
+        if self.a.json: save_records(self.a.json, [new_record('real photos', f'{stage}, {self.kind}', v, m, f'VOC animals, {split}', **common) for m,v in values.items()])
+        print(f'{stage:40} {split:6} all {values["mIoU"]:5.1f}   background + six {some:5.1f}' + ('' if seconds is None else f'   {seconds:.0f} s'), flush=True)
+
+def main(a):
+    out, log, start = a.out, Log(a), time.time()
+    train, aug, val = (get_dataset(a.data, s) for s in ('train', 'trainaug', 'val'))
+    other = OtherAffinity(affinity_vit(a.affinity, a.affinity_weights)) if a.affinity else None
+    model = load_run(train_frozen(aug, val, out/'run'))[0]
+    print(f'linear layer on frozen features: {time.time()-start:.0f} s', flush=True); start = time.time()
+    self_trained_seeds(model, aug, out/'seeds', other)
+    log('seeds at background 0.4', fixed_threshold(out/'seeds', train, .4), 'train', time.time()-start)
+    r = sweep_threshold(out/'seeds', train); log('seeds at the best background of train', r, 'train', background=r.best_threshold); start = time.time()
+    make_crf_masks(out/'seeds', aug, out/'masks', workers=a.workers)
+    r = score_masks(out/'masks', train); log('pseudo masks', r, 'train', time.time()-start); print(score_table(r, classes=ANIMALS), flush=True)
+    if a.stop=='masks': return
+    from mctformer_nb.deeplab import train_segment
+    from mctformer_nb.segment import segment_dataset
+    start, options = time.time(), dict(FROZEN_RECIPE['segment'], epochs=a.epochs, amp=a.amp)
+    run = train_segment(out/'masks', aug, out/'deeplab', **options | dict(pretrained=packaged_weights(options['backbone'])))
+    for name,crf in (('without CRF', None), ('with CRF', 'auto')):
+        masks = out/f'val_{name.split()[0]}'
+        segment_dataset(run, val, masks, scales=(.75, 1, 1.25), flip=True, crf=crf, workers=a.workers)
+        r = score_masks(masks, val); log(f'segmentation, {name}', r, 'val', time.time()-start)
+    print(score_table(r, classes=ANIMALS), flush=True)
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); A = p.add_argument
+    A('--data', required=True); A('--affinity'); A('--affinity-weights'); A('--out', type=Path, default=Path('runs/real_photos')); A('--epochs', type=int, default=20)
+    A('--amp', default='bf16', help='of the segmentation training'); A('--workers', type=int); A('--stop', choices=['masks']); A('--json', type=Path)
+    main(p.parse_args())
