@@ -31,4 +31,6 @@ from .deeplab import *
 from .segment import *
 from .predict import *
 from .report import *
+
+# %% ../nbs/65_all.ipynb #e39a2191
 __all__ = [name for name in globals() if not name.startswith('_')]

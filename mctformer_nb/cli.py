@@ -236,7 +236,7 @@ SEED_ARGS = [
         help='labels from the data or from the model (default: given)'),
     arg('--label-threshold', type=number(float, 0, 1), default=.5,
         help='probability from which a predicted class counts (default: 0.5)'),
-    arg('--precision', choices=['auto', 'float32', 'bf16', 'fp16', 'int8'], default='float32',
+    arg('--precision', choices=['float32', 'bf16', 'fp16', 'int8'], default='float32',
         help='of the network: fp16 for GPUs, int8 for a CPU (default: float32)'),
     arg('--affinity', metavar='NAME',
         help="refine by the patches of this ViT of timm instead of the model's own, e.g. vit_small_patch14_dinov2"),

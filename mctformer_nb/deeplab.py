@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'crop_view', 'random_view', 'mask_file', 'find_masks', 'Samples', 'read_pair', 'MaskedPhotos',
-           'segment_loaders', 'show_batch', 'SegmentLoss', 'MeanIoU', 'PixelAccumulation', 'SegmentRecipe',
+           'segment_loaders', 'show_segment_batch', 'SegmentLoss', 'MeanIoU', 'PixelAccumulation', 'SegmentRecipe',
            'segment_recipe', 'segment_learner', 'masks_fingerprint', 'segment_options', 'describe_training',
-           'train_segment', 'show_results']
+           'train_segment', 'show_segment_results']
 
 # %% ../nbs/41_deeplab.ipynb #12fe05ce
 import hashlib, math, random, sys
@@ -175,7 +175,7 @@ def segment_loaders(
     return make_dls(train, whole and epoch_loader(whole, 1, min(workers, 1), seed, False), device)
 
 # %% ../nbs/41_deeplab.ipynb #3696703e
-def show_batch(
+def show_segment_batch(
     dls:DataLoaders, # from `segment_loaders`
     n:int=6, # samples
     epoch:int=0, # whose random numbers
@@ -368,7 +368,7 @@ def train_segment(
     return fit_run(out, epochs, settings, make, save, config, best='miou' if valid else None, seed=seed, **run)
 
 # %% ../nbs/41_deeplab.ipynb #4e0bfe81
-def show_results(
+def show_segment_results(
     model:DeepLab, # trained
     ds:Dataset, # photos to look at
     items:list=None, # positions or ids, default the first ones
@@ -381,3 +381,6 @@ def show_results(
         masks = dict(truth=ds.mask(i), prediction=predict_mask(model.eval(), image, image_size))
         return {ds.id_of(i): image} | {k: overlay(image, m) for k,m in masks.items() if m is not None}
     return show_pictures([column(i) for i in (range(min(n, len(ds))) if items is None else items)], ds.classes)
+
+# %% ../nbs/41_deeplab.ipynb #0e26a507
+show_batch, show_results = show_segment_batch, show_segment_results # the names they had

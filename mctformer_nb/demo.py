@@ -154,7 +154,8 @@ def chain_figure(
     n:int=5, # scenes of each
 ) -> Figure:
     "Training scenes with truth and pseudo mask; unseen scenes with truth and what the two networks see"
-    out = Path(out); few = [i for i in range(len(ds)) if len(ds.labels(i))>1][:n]
+    out = Path(out)
+    few = [i for i in range(len(ds)) if len(ds.labels(i))>1][:n]
     networks = [out/'segmentation'/'masks', out/'supervised'/'masks']
     fig = new_figure((1.5*len(few), 6*1.55), 72)
     axs = fig.subplots(7, len(few), squeeze=False)

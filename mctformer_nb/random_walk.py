@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['offsets_for', 'transition', 'check_walk', 'random_walk', 'background_score', 'pooled_scores', 'walked_scores',
-           'walked_mask', 'MaskOptions', 'photo_affinity', 'walk_settings', 'make_masks']
+           'walked_mask', 'MaskOptions', 'pair_affinity_of', 'walk_settings', 'make_masks']
 
 # %% ../nbs/31_random_walk.ipynb #7d0f1178
 import warnings
@@ -172,7 +172,7 @@ class MaskOptions:
     workers:int=4 # threads that read, walk and write
 
 # %% ../nbs/31_random_walk.ipynb #b649e4fc
-def photo_affinity(
+def pair_affinity_of(
     net:object, # `AffinityNet`; or any function photo -> (P,h,w)
     image:Image.Image, # RGB photo
     stride:int=8, # pixels of the photo a cell
@@ -221,7 +221,7 @@ def make_masks(
     walk, name = walk_settings(net, background, beta, steps, how)
     settings = dict(walk, crf=plain(crf), classes=list(ds.classes), affinity=name, seeds=check_seeds(seeds_folder, ds))
     if isinstance(net, torch.nn.Module): net.to(torch.device(local_device(how.device)))
-    def affinity(im, classes, _): return photo_affinity(net, im, walk['stride'], how.border) if len(classes) else None
+    def affinity(im, classes, _): return pair_affinity_of(net, im, walk['stride'], how.border) if len(classes) else None
     def write(path, item):
         (image, classes, maps), a = item
         save_mask(path, walked_mask(classes, maps, a, image=np.asarray(image), crf=crf, **walk))

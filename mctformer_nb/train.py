@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mct_loss', 'prior_loss', 'make_transform', 'shrink', 'labelled_photos', 'Photos', 'Loading', 'make_loaders',
            'average_precision', 'MeanAP', 'make_learner', 'compile_model', 'ModelOptions', 'training_options',
-           'training_summary', 'train_classifier', 'show_training_photos', 'plot_classes', 'show_predictions']
+           'training_summary', 'train_classifier', 'show_training_photos', 'plot_probabilities', 'show_predictions']
 
 # %% ../nbs/12_train.ipynb #23e25529
 import os, shutil, sys
@@ -292,7 +292,7 @@ def show_training_photos(
     return fig
 
 # %% ../nbs/12_train.ipynb #98d5110b
-def plot_classes(
+def plot_probabilities(
     ax:'Axes', # to draw on
     p:np.ndarray, # (C,) probabilities
     names:list, # of the classes
@@ -330,5 +330,5 @@ def show_predictions(
             m = maps_fn(model, x, [int(p.argmax())])                       # (1,h,w) or (1,1,h,w)
             m = F.interpolate(m.reshape(1, 1, *m.shape[-2:]).float(), image.size[::-1], mode='bilinear')  # (1,1,H,W)
             ax.imshow(m[0, 0].cpu(), cmap='jet', alpha=.35)
-        plot_classes(bars, p, ds.classes, true)
+        plot_probabilities(bars, p, ds.classes, true)
     return fig
