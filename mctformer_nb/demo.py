@@ -42,7 +42,7 @@ def paper_miou(
 
 # %% ../nbs/52_demo.ipynb #a31fc9b4
 DEMO_RECIPE = dict(backbone='mct_tiny_patch8_96', pretrained=True, batch_size=32, image_size=96, lr=1e-3,
-                   warmup_epochs=1, per_step=True, aug='light', valid_aug='squash', cache=True,
+                   warmup_epochs=1, per_step=True, aug='light', valid_aug='squash', cache=True, init='timm',
                    lr_mult=dict(blocks=.1, patch_embed=.1, cls_token=5, pos_embed_cls=5))
 
 # %% ../nbs/52_demo.ipynb #de18b566
