@@ -26,8 +26,8 @@ MAPS = {', its PatchCAM alone': dict(kind='patchcam', refine=False), ', its atte
 
 def record(a, table, row, r, metric='mIoU', split='train', **extra):
     "Two records: the mean over all classes that occur, and over background and the six frequent ones"
-    some = [v['iou'] for k,v in r.per_class.items() if k in ('background', *ANIMALS) and v['iou'] is not None]
-    values = {metric: r.best_miou if 'best_miou' in r else r.miou, f'{metric} of background and six classes': float(np.mean(some))}
+    some = [v['iou'] for k,v in r.per_class.items() if k in ('background', *ANIMALS)]
+    values = {metric: r.best_miou if 'best_miou' in r else r.miou, f'{metric} of background and six classes': float(np.nanmean(some))}
     command = f'python experiments/voc_animals.py --images {a.images} --epochs {a.epochs}' + (f' --background {a.background}' if a.background else '')
     records = [new_record(table, row, v, m, f'VOC animals, {split}', seed=0, command=command, images=r.n_images, **extra) for m,v in values.items()]
     if a.json: save_records(a.json, records)
