@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seed_probs', 'write_crf_mask', 'make_crf_masks']
 
-# %% ../nbs/32_crf_masks.ipynb #972bd6a6
+# %% ../nbs/32_crf_masks.ipynb #e27dfa35
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from .random_walk import background_score
 from .runs import plain
 from .stage import Output, Work, cores, run_stage
 
-# %% ../nbs/32_crf_masks.ipynb #67a26e27
+# %% ../nbs/32_crf_masks.ipynb #278e5d7b
 def seed_probs(
     maps:np.ndarray, # (k,H,W) in [0,1]
     background:float=.4, # constant score of the background
@@ -29,7 +29,7 @@ def seed_probs(
     e = np.exp(sharpness*(scores-scores.max(0)))
     return e/e.sum(0)
 
-# %% ../nbs/32_crf_masks.ipynb #873e3891
+# %% ../nbs/32_crf_masks.ipynb #0b6e265e
 def write_crf_mask(
     how:dict, # background, sharpness, crf
     path:Path, # file to write
@@ -41,7 +41,7 @@ def write_crf_mask(
     save_mask(path, refined_mask(np.asarray(image), labels, probs, how['crf']))
     return len(classes)
 
-# %% ../nbs/32_crf_masks.ipynb #7f2e0202
+# %% ../nbs/32_crf_masks.ipynb #5b1241dd
 def make_crf_masks(
     seeds:str|Path, # folder of seed files
     ds:'Dataset', # the photos
@@ -54,7 +54,7 @@ def make_crf_masks(
 ) -> AttrDict: # folder; written, skipped, empty (photos without a class): counts; bad: [(id, problem)]; seconds
     "Write one palette PNG a photo: existing ones are skipped, unusable ones listed. Raises `DataError`."
     need(sharpness > 0, 'sharpness', f'{sharpness} is not possible', 'Give a number above 0, such as 10')
-    how = dict(background=background_score(background), sharpness=float(sharpness), crf=refinement(crf))
+    how = dict(background=background_score(background), sharpness=float(sharpness), crf=refinement(crf, SEG_CRF))
     settings = dict(how, crf=plain(how['crf']), classes=list(ds.classes), seeds=check_seeds(seeds, ds))
     files = Output(out, settings, '_masks.json', '.png', 'masks')
     work = Work(processes=min(workers or cores(), len(ds)), overwrite=overwrite, desc='masks')
