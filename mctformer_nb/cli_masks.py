@@ -72,7 +72,7 @@ def fit_args(
         *data_args(), RECIPE,
         arg('--out', metavar='RUN', help=f'run folder: model, config, history (default: {out})'),
         arg('--backbone',
-            help='timm CNN or plain ViT, mct_resnet38, or run:RUN for the ViT of an MCTformer (reference: mct_resnet38)'),
+            help='timm CNN or ViT, mct_resnet38, or run:RUN for the ViT of an MCTformer (reference: mct_resnet38)'),
         arg('--pretrained', nargs='?', const=True, metavar='FILE',
             help="weights of the backbone: a file, or timm's hub when no file is given (reference: random; "
                  'quick, frozen: those in the package)'),

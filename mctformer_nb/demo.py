@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['DEMO_MAPS', 'DEMO_RECIPE', 'DEMO_SEEDS', 'DEMO_SECOND', 'paper_miou', 'train_both', 'score_maps', 'score_rows',
-           'figure5', 'run_second_half', 'chain_figure', 'story_figure', 'write_report', 'DemoScenes', 'run_demo']
+           'figure5', 'run_second_half', 'chain_figure', 'story_figure', 'photo_figure', 'write_report', 'DemoScenes',
+           'run_demo']
 
 # %% ../nbs/52_demo.ipynb #a8f8b1a9
 import base64, html, time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-import numpy as np
+import mctformer_nb, numpy as np
+from PIL import Image
 from matplotlib.figure import Figure
 from .artifacts import load_seed
 from .core import atomic_path, new_figure, open_mask, overlay, write_json
 from .crf import LABEL_CRF
 from .datasets import Dataset, get_dataset
 from .pipeline import masks_to_segmentation, seeds_to_masks
+from .predict import predict_photos
 from .runs import load_run
 from .scores import score_masks, sweep_threshold
 from .seeds import extract_kinds, extract_seeds
@@ -195,6 +198,24 @@ def story_figure(
     for ax in axs.flat: ax.set(xticks=[], yticks=[])
     return fig
 
+# %% ../nbs/52_demo.ipynb #ph0t0002
+def photo_figure(
+    out:str|Path, # folder of `predict_photos`
+    photo:str|Path=None, # default: the one in the package
+    device:str=None, # default cuda where there is one
+): # matplotlib figure
+    "A photograph beside the mask that the packaged network finds in it"
+    photo, out = Path(photo or Path(mctformer_nb.__file__).parent/'data'/'cat.jpg'), Path(out)
+    found = predict_photos(None, [photo], out, scales=(1.,), device=device)
+    mask = open_mask(out/f'{photo.stem}.png')
+    fig = new_figure((8, 3.2), 80)
+    axes = fig.subplots(1, 2)
+    axes[0].imshow(Image.open(photo))
+    axes[1].imshow(Image.open(out/'overlays'/f'{photo.stem}.jpg'))
+    axes[1].set_title(', '.join(found.classes[c-1] for c in np.unique(mask) if 0 < c < 255), fontsize=9)
+    for ax in axes: ax.set_axis_off()
+    return fig
+
 # %% ../nbs/52_demo.ipynb #98dbd5ba
 def _png(path):
     "A picture as part of the page"
@@ -253,6 +274,7 @@ def _figures(out, ds, part, val, results, runs):
     save(figure5(ds, Path(out)/'seeds'), 'maps.png')
     save(chain_figure(part, val, Path(out)/'second'), 'masks.png')
     save(story_figure(part, Path(out)/'second'), 'story.png')
+    save(photo_figure(Path(out)/'photo'), 'photo.png')
     fig = new_figure((6.5,3.2), 80)
     ax = fig.subplots()
     for name,r in results.items(): ax.plot(r.thresholds, r.miou, label=name.replace('_', ' '))
@@ -267,7 +289,8 @@ def _figures(out, ds, part, val, results, runs):
                         'their product does both, affinity fills the object.',
             'masks.png': 'Above: pseudo masks of training scenes. Below: scenes that no network has seen.',
             'thresholds.png': 'mIoU at every background threshold, in one pass over the pixels.',
-            'training_v1.png': 'V1 while training.', 'training_v2.png': 'V2 while training: class tokens and patches.'}
+            'training_v1.png': 'V1 while training.', 'training_v2.png': 'V2 while training: class tokens and patches.',
+            'photo.png': 'A photograph, and what the network in the package finds in it: trained on photos and labels.'}
 
 # %% ../nbs/52_demo.ipynb #81a660b7
 @dataclass

@@ -180,9 +180,10 @@ def fit_logistic(
     W = W.detach()/std                                                               # undo the standardisation
     return W, b.detach() - W@mean
 
-# %% ../nbs/16_frozen.ipynb #8e09975d
+# %% ../nbs/16_frozen.ipynb #be38a1c5
 STRENGTHS = (30., 100., 300., 1000., 3000., 10000.)
 
+# %% ../nbs/16_frozen.ipynb #8e09975d
 def choose_strength(
     X:np.ndarray, # (n,D)
     Y:np.ndarray, # (n,C)
@@ -215,9 +216,10 @@ def head_scores(
     ap = [average_precision_score(t, s) for t,s in zip(Y.T, logits.numpy().T) if t.any()]
     return float(F.binary_cross_entropy_with_logits(logits, targets)), 100*float(np.mean(ap))
 
-# %% ../nbs/16_frozen.ipynb #a78989f5
+# %% ../nbs/16_frozen.ipynb #86e2ffdf
 RUN_FILES = 'model.safetensors', 'config.json', 'history.csv'
 
+# %% ../nbs/16_frozen.ipynb #a78989f5
 def is_finished(
     out:Path, # run folder
     settings:dict, # plain values, all that decides the result

@@ -46,7 +46,7 @@ def alive(pid):
 def test_killed_run_resumes_to_the_same_files(tmp_path, root):
     ds, out = data(), tmp_path/'out'; make_seeds(tmp_path/'seeds', ds)
     p = subprocess.Popen([sys.executable, '-c', SLOW_RUN, str(root), str(tmp_path/'seeds'), str(out)])
-    deadline = time.time()+90
+    deadline = time.time()+600
     while len(list(out.glob('*.npz'))) < 4 and p.poll() is None and time.time() < deadline: time.sleep(.02)
     assert p.poll() is None, 'it ended before it could be killed'
     workers = children(p.pid) if os.path.isdir('/proc') else set()

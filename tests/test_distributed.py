@@ -80,7 +80,7 @@ def test_two_processes_write_the_files_of_one(tmp_path):
 
 @pytest.mark.slow
 def test_rank_killed_and_restarted(tmp_path):
-    ps = start('seeds', 2, tmp_path/'two', False, .5); deadline = time.time()+300
+    ps = start('seeds', 2, tmp_path/'two', False, .5); deadline = time.time()+600
     while len(list((tmp_path/'two').glob('*.npz'))) < 5 and time.time() < deadline: time.sleep(.05)
     ps[1].send_signal(signal.SIGKILL); ps[1].wait(); ps[0].kill(); ps[0].wait()       # torchrun ends the others when one dies
     done = len(list((tmp_path/'two').glob('*.npz'))); assert 5 <= done < 24

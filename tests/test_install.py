@@ -29,7 +29,7 @@ def test_contents(wheel):
     assert data <= names and any(n.endswith('.safetensors') for n in data), 'the embedded weights are missing'
     assert any(n.endswith('LICENSE') for n in names)
     assert all(n.startswith((f'{PKG}/', f'{PKG}-')) for n in names), 'files outside the package'
-    assert wheel.stat().st_size<=8e6
+    assert wheel.stat().st_size<=20e6 # 18 MB are the three networks that work offline
 
 def test_metadata(wheel):
     with zipfile.ZipFile(wheel) as z:

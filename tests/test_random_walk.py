@@ -106,7 +106,7 @@ t.make_masks(Path(sys.argv[2])/'seeds', by_brightness, t.get_dataset('folder:'+s
 def test_killed_run_resumes_to_the_same_files(data, tmp_path, root):
     ds, seeds = data; out = tmp_path/'out'
     p = subprocess.Popen([sys.executable, '-c', SLOW_RUN, str(root), str(seeds.parent), str(out)], stdout=subprocess.DEVNULL)
-    deadline = time.time()+90
+    deadline = time.time()+600
     while len(list(out.glob('*.png'))) < 5 and p.poll() is None and time.time() < deadline: time.sleep(.02)
     assert p.poll() is None, 'it ended before it could be killed'
     p.send_signal(signal.SIGKILL); p.wait()

@@ -40,7 +40,7 @@ s.segment_dataset(t.run(), t.data(), sys.argv[2], scales=(.5, 1), overlays=True,
 def test_killed_run_resumes_to_the_same_files(tmp_path, root):
     out = tmp_path/'out'
     p = subprocess.Popen([sys.executable, '-c', SLOW_RUN, str(root), str(out)])
-    deadline = time.time()+120
+    deadline = time.time()+600
     while len(list(out.glob('*.png'))) < 4 and p.poll() is None and time.time() < deadline: time.sleep(.02)
     assert p.poll() is None, 'it ended before it could be killed'
     p.send_signal(signal.SIGKILL); p.wait(); time.sleep(1.5)                       # workers notice within a second
