@@ -271,10 +271,10 @@ def _figures(out, ds, part, val, results, runs):
     folder.mkdir(parents=True, exist_ok=True)
     def save(fig, name):
         with atomic_path(folder/name) as p: fig.savefig(p, format='png', bbox_inches='tight')
-    save(figure5(ds, Path(out)/'seeds'), 'maps.png')
-    save(chain_figure(part, val, Path(out)/'second'), 'masks.png')
-    save(story_figure(part, Path(out)/'second'), 'story.png')
-    save(photo_figure(Path(out)/'photo'), 'photo.png')
+    second = Path(out)/'second'
+    drawn = dict(maps=figure5(ds, Path(out)/'seeds'), masks=chain_figure(part, val, second))
+    drawn |= dict(story=story_figure(part, second), photo=photo_figure(Path(out)/'photo'))
+    for name,fig in drawn.items(): save(fig, f'{name}.png')
     fig = new_figure((6.5,3.2), 80)
     ax = fig.subplots()
     for name,r in results.items(): ax.plot(r.thresholds, r.miou, label=name.replace('_', ' '))

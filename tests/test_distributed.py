@@ -38,7 +38,7 @@ def networks(out, accumulate=1):
             if (out/f'labels/{id}.npz').exists(): continue
             m = ds.mask(i); c = np.unique(m[m>0]).astype(int)-1; p = np.stack([m==v for v in (0, *(c+1))]).astype(np.float32)
             save_crf_label(out/f'labels/{id}.npz', c, p, p)
-    train_affinity(out/'labels', ds, out/'affinity', holdout=0, **kw)
+    train_affinity(out/'labels', ds, out/'affinity', recipe='momentum', holdout=0, **kw)
     train_segment(None, ds, out/'deeplab', valid=photos(5), accumulate=int(accumulate), lr=.01, **kw)
 
 def masks(out):
