@@ -271,9 +271,8 @@ def _figures(out, ds, part, val, results, runs):
     folder.mkdir(parents=True, exist_ok=True)
     def save(fig, name):
         with atomic_path(folder/name) as p: fig.savefig(p, format='png', bbox_inches='tight')
-    second = Path(out)/'second'
-    drawn = dict(maps=figure5(ds, Path(out)/'seeds'), masks=chain_figure(part, val, second))
-    drawn |= dict(story=story_figure(part, second), photo=photo_figure(Path(out)/'photo'))
+    drawn = dict(maps=figure5(ds, Path(out)/'seeds'), masks=chain_figure(part, val, Path(out)/'second'))
+    drawn |= dict(story=story_figure(part, Path(out)/'second'), photo=photo_figure(Path(out)/'photo'))
     for name,fig in drawn.items(): save(fig, f'{name}.png')
     fig = new_figure((6.5,3.2), 80)
     ax = fig.subplots()
