@@ -125,7 +125,7 @@ def test_interrupt(here, capsys, monkeypatch):
     assert cli.mct_seeds([*SEEDS[:4], '--out', 'stopped', '--device', 'cpu']) == 0
 
 def test_ctrl_c_in_a_shell(here, root):
-    code = 'import sys, time; from mctformer_nb import cli, stage\ndef wait(*a): print("ready", flush=True); time.sleep(60)\nstage.compute_batch = wait; sys.exit(cli.mct_seeds(sys.argv[1:]))'
+    code = 'import signal, sys, time; from mctformer_nb import cli, stage\nsignal.signal(signal.SIGINT, signal.default_int_handler)\ndef wait(*a): print("ready", flush=True); time.sleep(60)\nstage.compute_batch = wait; sys.exit(cli.mct_seeds(sys.argv[1:]))'
     p = subprocess.Popen([sys.executable, '-c', code, *SEEDS[:4], '--out', 'stopped2', '--device', 'cpu'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                          env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])))
     assert p.stdout.readline() == 'ready\n'; p.send_signal(signal.SIGINT)
