@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from fastcore.basics import AttrDict
 from scipy.sparse import csr_matrix, diags, identity, kron
 from scipy.sparse.linalg import spsolve
-from .attention import evaluating, to_input
-from .core import progress
+from .attention import evaluating
+from .core import need, progress
 from .datasets import Dataset
-from .core import need
 from .scores import sweep_threshold
 from .seeds import load_seed
+from .views import input_spec, to_input
 
 # %% ../nbs/26_no_masks.ipynb #24fdd937
 @torch.no_grad()
@@ -46,7 +46,8 @@ def photos_with_maps(
     ids = [id for id in ds.ids if (Path(seeds)/f'{id}.npz').is_file()]
     need(ids, seeds, f'holds no seed of {ds.name} {ds.split}', 'Write them with mct_seeds, or check split and folder')
     for id in progress([ids[len(ids)*i//min(n, len(ids))] for i in range(min(n, len(ids)))], 'photos'):
-        (classes, maps), x = load_seed(Path(seeds)/f'{id}.npz'), to_input(ds.image(id), model.patch_size, size)
+        classes, maps = load_seed(Path(seeds)/f'{id}.npz')
+        x = to_input(ds.image(id), model.patch_size, size, input_spec(model))                  # (1,3,H,W)
         for c,m in zip(classes.tolist(), torch.tensor(maps).float()):
             yield id, c, x, F.interpolate(m[None, None], x.shape[-2:], mode='bilinear')         # (H,W) -> (1,1,H,W)
 
