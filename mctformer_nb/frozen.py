@@ -31,7 +31,7 @@ def frozen_network(
 ) -> nn.Module: # in evaluation mode, without gradients, with `input_spec`
     "A network of timm without its classifier. Raises `DataError` if it or its weights cannot be had."
     file = packaged_weights(name) if pretrained == 'packaged' else pretrained
-    tokens = any(name.split('.')[0] in timm.list_models(module=m) for m in ('vision_transformer', 'deit'))
+    tokens = any(name.split('.')[0] in timm.list_models(module=m) for m in ('vision_transformer', 'deit', 'eva'))
     extra = dict(dynamic_img_size=True) if tokens else dict(global_pool='')
     try: net = timm.create_model(name, pretrained=file is True, num_classes=0, **extra, **options)
     except Exception as e:
@@ -82,12 +82,13 @@ def at_bits(
 @torch.no_grad()
 def frozen_features(
     net:nn.Module, # from `frozen_network`
-    x:torch.Tensor, # (B,3,H,W), normalised for it
+    x:torch.Tensor, # (B,3,H,W), normalised for it; any size
 ) -> torch.Tensor: # (B,D,h,w)
     "Features on their grid"
+    p = net.patch_embed.feat_ratio() if hasattr(net, 'patch_embed') else 1
+    x = F.pad(x, (0, -x.shape[-1] % p, 0, -x.shape[-2] % p))     # whole patches
     f = net.forward_features(x)
     if f.ndim == 3:                                              # tokens (B,N,D): class token and registers first
-        p = net.patch_embed.feat_ratio()
         f = f[:, net.num_prefix_tokens:].transpose(1, 2).unflatten(2, (x.shape[-2]//p, x.shape[-1]//p))    # (B,D,h,w)
     return f.float()
 
