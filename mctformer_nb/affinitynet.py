@@ -278,7 +278,8 @@ def affinity_learner(
     "fastai `Learner` for AffinityNet"
     how, cells = FitOptions(**split_options(options, FitOptions)[0]), dls.train.dataset.how.crop//net.stride
     some = pair_starts((cells, cells), net.offsets, net.border).any()
-    need(some, 'crop', f'none of its {cells} x {cells} cells has all neighbours', "Use a larger crop, or border='all'")
+    need(some, 'crop', f'none of its {cells} x {cells} cells has all neighbours',
+         "Use a larger crop, or in Python border='all'")
     if how.frozen_stride: freeze_stem(net.backbone, how.frozen_stride)
     groups = param_groups(net, how.weight_decay, {'head': 10, **(how.lr_mult or {})}, how.bias_mult)
     def sgd(params, lr): # the groups replace fastai's splitter

@@ -108,7 +108,8 @@ def check_request(
     need(kind in kinds, f'kind {kind!r}', 'unknown', f"Use one of {', '.join(map(repr, kinds))}")
     need(rule in RULES, f'rule {rule!r}', 'unknown', f"Use one of {', '.join(map(repr, RULES))}")
     need(head, f'kind {kind!r}', 'a V1 model has no patch head', "Use kind='attn', or a model with variant='v2'")
-    need(type(K) is int and 1 <= K <= L, f'layers {layers!r}', f'this model has {L} layers', f'Use 1 to {L}, or None')
+    need(type(K) is int and 1 <= K <= L, f'layers {layers!r}', f'this model has {L} layers',
+         f'Use 1 to {L}, or all (in Python None)')
     need(idx, 'classes', 'the list is empty', 'Give at least one class index, or None for all')
     need(attention in ATTENTION, f'attention {attention!r}', 'unknown', f"Use one of {', '.join(map(repr, ATTENTION))}")
     need(not bad, f'classes {bad}', f'this model has {C} classes', f'Use indices from 0 to {C-1} (background has none)')

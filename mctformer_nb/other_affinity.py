@@ -54,7 +54,8 @@ def patch_affinity(
     "Patch-to-patch attention of another transformer, mean over heads, summed over its last blocks. Raises `DataError`"
     L, P = len(vit.blocks), vit.num_prefix_tokens                 # P tokens before the patches: class, registers
     need(norm in ('sum', 'sinkhorn'), f'affinity norm {norm!r}', 'unknown', "Use 'sum' or 'sinkhorn'")
-    need(layers is None or 1 <= layers <= L, f'affinity layers {layers}', f'there are {L}', f'Use 1 to {L}, or None')
+    need(layers is None or 1 <= layers <= L, f'affinity layers {layers}', f'there are {L}',
+         f'Use 1 to {L}, or all (in Python None)')
     need(power >= 1, f'affinity power {power}', 'not possible', 'Use a whole number from 1')
     last = range(L)[-(layers or L):]
     with capture_qk(vit.blocks, last) as qk: vit.forward_features(x)
