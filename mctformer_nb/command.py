@@ -126,9 +126,9 @@ def run_command(
         os.environ.setdefault('HF_HUB_VERBOSITY', 'error')
         logging.getLogger('timm').setLevel(logging.ERROR)
     if is_follower(): sys.stdout, a.json = open(os.devnull, 'w'), None
-    from mctformer_nb.core import log_progress, sweep_beside, to_json, write_json
+    from mctformer_nb.core import log_progress, sweep_temporaries, to_json, write_json
     for file in (getattr(a, k, None) for k in ('json', 'figure')):
-        if file and file!='-': sweep_beside(file)
+        if file and file!='-': sweep_temporaries(Path(file).absolute().parent, below=False)
     quiet = contextlib.redirect_stdout(sys.stderr) if a.json=='-' else contextlib.nullcontext()
     with log_progress(30), quiet: status = guarded(parser, a, body)
     found = dict(a.outcome, command=parser.prog, status=status, next=a.next)

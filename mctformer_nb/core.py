@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from .files import DataError, atomic_path, describe_error, folder_lock, need, read_arrays, read_json
 from .files import read_lines, read_text
-from .files import sweep_beside, to_json, write_json
+from .files import sweep_temporaries, to_json, write_json
 from .images import image_size, load_image, open_image, open_mask, rotation_note, save_mask, voc_palette
 
 # %% ../nbs/00_core.ipynb #1c63881f

@@ -28,6 +28,7 @@ from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
 from .core import DataError, atomic_path, folder_lock, need, new_figure, progress, set_seed
+from .core import sweep_temporaries
 from .datasets import Dataset
 from .ranks import barrier, connected, first_alone, gathered, my_part, rank, rank_mean, world
 from .runs import plain, save_run
@@ -318,7 +319,7 @@ def open_run(
     if fresh:
         for f in RUN_FILES: (out/f).unlink(missing_ok=True)
         shutil.rmtree(out/'best', ignore_errors=True)
-    for tmp in out.glob('**/.tmp-*'): shutil.rmtree(tmp, ignore_errors=True)  # what a killed process left
+    sweep_temporaries(out)
     new = 'Use another --out, or --fresh to throw the old run away'
     if not file.is_file():
         need(not (out/'model.safetensors').exists(), out, 'holds a model that this command did not train', new)

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 import numpy as np
 from .core import VOC_CLASSES, DataError, atomic_path, folder_lock, image_size, need, progress, read_lines
-from .core import read_text, save_mask
+from .core import read_text, save_mask, sweep_temporaries
 from .labels import class_index
 from .photos import PHOTO_SUFFIXES, noted, safe_name, with_any_suffix
 
@@ -185,8 +185,7 @@ def merge_trainaug(
     final, lists = root/'SegmentationClassAug', root/'ImageSets'/'Segmentation'
     part = final.with_name('SegmentationClassAug.partial')
     work = final if final.is_dir() else part
-    # what a killed process left
-    for tmp in [*work.glob('.tmp-*'), *lists.glob('.tmp-*')]: shutil.rmtree(tmp, ignore_errors=True)
+    for folder in (work, lists): sweep_temporaries(folder, below=False)
     count = _merge_masks(root, cls, work)
     ids = masks_outside_val(root, work)
     need(expected in (None, len(ids)), work, f'{len(ids)} images outside val were found, {expected} are expected',
