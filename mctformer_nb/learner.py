@@ -221,7 +221,14 @@ class EpochBar(Callback):
 
 # %% ../nbs/09_learner.ipynb #6d9ad652
 class Precision(MixedPrecision):
-    "fastai's mixed precision ('fp16' with a gradient scaler, 'bf16') without its cast of the output"
+    "fastai's mixed precision without its cast of the output: 'fp16' with a gradient scaler, 'bf16' also on CPUs"
+    def before_fit(self):
+        device, bf16 = self.learn.dls.device.type, self.amp_mode.value=='bf16'
+        need(bf16 or device=='cuda', 'precision fp16', f'is for GPUs, and this training runs on {device}',
+             "Use 'bf16' or 'off' (--amp)")
+        if device=='cuda': return super().before_fit()
+        self.autocast = torch.autocast(device, torch.bfloat16)   # fastai's is for CUDA and does nothing elsewhere
+        self.learn.scaler, self.scales = torch.amp.GradScaler(device, enabled=False), []
     def after_pred(self): pass
 
 # %% ../nbs/09_learner.ipynb #00b71bde
