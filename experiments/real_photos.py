@@ -1,7 +1,7 @@
 """The whole chain on real photographs from image-level labels alone, on a computer without a GPU:
 frozen EfficientNet-Lite0 -> seeds -> masks by the photo's edges -> DeepLab -> masks of unseen photos.
 
-    python experiments/real_photos.py --data voc:PATH/VOC2012 [--affinity vit_small_patch14_dinov2 --affinity-weights FILE] --out runs/real_photos [--epochs 20] [--stop masks]
+    python experiments/real_photos.py --data voc:PATH/VOC2012 [--affinity vit_small_patch14_dinov2 --affinity-weights FILE] --out runs/real_photos [--epochs 20] [--stop masks] [--deeplab RUN]
 
 Every stage goes on where it stopped. Seeds and pseudo masks are scored on the photos of `train`, the segmentation on those of `val`. Nothing is chosen on masks of `val`; the
 background is the constant 0.4; beside it stands the best one of a sweep on the masks of `train`."""
@@ -27,9 +27,18 @@ class Log:
         some = float(np.mean([v['iou'] for k,v in r.per_class.items() if k in ('background', *ANIMALS) and v['iou'] is not None]))
         command = 'python experiments/real_photos.py' + (f' --affinity {self.a.affinity}' if self.a.affinity else '')
         common = dict(command=command, seed=0, images=r.n_images, **extra, **({} if seconds is None else dict(seconds=round(seconds))))
-        values = {'mIoU': r.get('best_miou', r.get('miou')), 'mIoU of background and six classes': some}
+        occur = float(np.mean([v['iou'] for v in r.per_class.values() if v['iou'] or v['fn']]))       # a class without a pixel in the truth has only false positives
+        values = {'mIoU': r.get('best_miou', r.get('miou')), 'mIoU of background and six classes': some, 'mIoU of classes that occur': occur}
         if self.a.json: save_records(self.a.json, [new_record('real photos', f'{stage}, {self.kind}', v, m, f'VOC animals, {split}', **common) for m,v in values.items()])
-        print(f'{stage:40} {split:6} all {values["mIoU"]:5.1f}   background + six {some:5.1f}' + ('' if seconds is None else f'   {seconds:.0f} s'), flush=True)
+        print(f'{stage:40} {split:6} occurring {occur:5.1f} (also predicted: {values["mIoU"]:5.1f})   background + six {some:5.1f}' + ('' if seconds is None else f'   {seconds:.0f} s'), flush=True)
+
+def mistakes(r, command, kind):
+    "A record a class: its IoU, and what its pixels are most often taken for, in percent of them"
+    names, share = ['background', *r.names], 100*r.confusion/np.maximum(r.confusion.sum(1, keepdims=True), 1)
+    for i,name in enumerate(names):
+        if not r.confusion[i].any(): continue
+        wrong = np.where(np.arange(len(names))==i, -1, share[i]); j = int(wrong.argmax())
+        yield new_record('photo classes', f'{name}, {kind}', r.per_class[name]['iou'], 'IoU', 'VOC animals, val', seed=0, command=command, taken_for=names[j], taken_percent=round(float(wrong[j]), 1))
 
 def main(a):
     out, log, start = a.out, Log(a), time.time()
@@ -46,15 +55,17 @@ def main(a):
     from mctformer_nb.deeplab import train_segment
     from mctformer_nb.segment import segment_dataset
     start, options = time.time(), dict(FROZEN_RECIPE['segment'], epochs=a.epochs, amp=a.amp)
-    run = train_segment(out/'masks', aug, out/'deeplab', **options | dict(pretrained=packaged_weights(options['backbone'])))
+    run = a.deeplab or train_segment(out/'masks', aug, out/'deeplab', **options | dict(pretrained=packaged_weights(options['backbone'])))
     for name,crf in (('without CRF', None), ('with CRF', 'auto')):
         masks = out/f'val_{name.split()[0]}'
         segment_dataset(run, val, masks, scales=(.75, 1, 1.25), flip=True, crf=crf, workers=a.workers)
         r = score_masks(masks, val); log(f'segmentation, {name}', r, 'val', time.time()-start)
+        if a.json and not crf: save_records(a.json, list(mistakes(r, 'python experiments/real_photos.py', log.kind)))
     print(score_table(r, classes=ANIMALS), flush=True)
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); A = p.add_argument
     A('--data', required=True); A('--affinity'); A('--affinity-weights'); A('--out', type=Path, default=Path('runs/real_photos')); A('--epochs', type=int, default=20)
     A('--amp', default='bf16', help='of the segmentation training'); A('--workers', type=int); A('--stop', choices=['masks']); A('--json', type=Path)
+    A('--deeplab', type=Path, help='a segmentation network that is trained already, such as that of train_packaged.py')
     main(p.parse_args())

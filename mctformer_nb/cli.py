@@ -55,7 +55,9 @@ def quick_recipe(
 
 # %% ../nbs/60_cli.ipynb #8f06fa7d
 _STEM = {f'backbone.net.{n}': 0 for n in ('conv_stem', 'bn1', 'blocks.0', 'blocks.1', 'blocks.2')}
-FROZEN_RECIPE = dict( # options of `train_affinity` and `train_segment` for photographs on a CPU
+FROZEN_RECIPE = dict( # options for photographs on a CPU: class tokens of a frozen ViT, `train_affinity`, `train_segment`
+    train=dict(backbone='vit_small_patch14_dinov2', epochs=12, batch_size=8, image_size=224, lr=.002, warmup_epochs=1,
+               per_step=True, aug='light', valid_aug='squash', lr_mult=dict(blocks=0, patch_embed=0, pos_embed_pat=0)),
     affinity=dict(backbone='tf_efficientnet_lite0', pretrained='packaged', epochs=3, batch_size=8, crop=256, lr=.003,
                   lr_mult=_STEM,
                   fit='momentum'),
@@ -83,8 +85,8 @@ def fill_recipe(
     a.recipe = a.recipe or default_recipe(a)
     named = quick_recipe(stage) if a.recipe=='quick' else FROZEN_RECIPE.get(stage, {}) if a.recipe=='frozen' else {}
     found = reference | named
-    # made for another network
-    if a.backbone or getattr(a, 'variant', None) not in (None, 'v1', 'v2'): found.pop('lr_mult', None)
+    own = a.backbone and stage+str(a.recipe)!='trainfrozen'   # its names are not those of the recipe's network
+    if own or getattr(a, 'variant', None) not in (None, 'v1', 'v2'): found.pop('lr_mult', None)
     for k,v in found.items():
         if getattr(a, k, None) is None: setattr(a, k, v)
     if a.pretrained=='packaged':
@@ -94,7 +96,8 @@ def fill_recipe(
 # %% ../nbs/60_cli.ipynb #7eb02e16
 RECIPE = arg('--recipe', choices=['reference', 'quick', 'frozen'],
     help="defaults of the other options: the reference's; quick: small networks for drawings; frozen: pretrained ones "
-         'for photographs on a computer without a GPU (default: reference with a GPU, else frozen; quick for mini)')
+         'for photographs on a computer without a GPU, a linear layer or (--variant v1, v2) class tokens '
+         '(default: reference with a GPU, else frozen; quick for mini)')
 
 # %% ../nbs/60_cli.ipynb #9ebb1722
 TRAIN_ARGS = [
@@ -179,7 +182,7 @@ def mct_train(a):
     import mctformer_nb.baselines                         # adds its variants
     if a.variant=='cam' and not a.backbone: a.backbone = 'resnet50'
     a.recipe = a.recipe or default_recipe(a)
-    if a.recipe=='frozen': return train_without_training(a, device)
+    if a.recipe=='frozen' and a.variant not in ('v1', 'v2'): return train_without_training(a, device)
     a.variant = a.variant or 'v2'
     fill_recipe(a, 'train',
                 dict(backbone='deit_small_patch16_224', pretrained=True, epochs=60, batch_size=64, image_size=224,
@@ -192,7 +195,8 @@ def mct_train(a):
     on_bad = 'skip' if a.skip_bad else 'raise'
     train_classifier(ds, valid, a.out, device=device, on_bad=on_bad, lr_mult=lr_factors(a.lr_mult), **options)
     report_training(a)
-    small = dict(image_size=a.image_size, layers='all', scales='1,1.5') if a.recipe=='quick' else {}
+    small = dict(quick=dict(image_size=a.image_size, layers='all', scales='1,1.5'),
+                 frozen=dict(image_size=a.image_size, layers=2)).get(a.recipe, {})
     # the paper scores the seeds of `train`, whose masks are the devkit's own
     hint(a, 'mct_seeds', run=a.out, data=a.data, split='train,trainaug' if a.split=='trainaug' else a.split, **small)
 
