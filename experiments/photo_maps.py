@@ -19,11 +19,8 @@ ROWS = {
     'CAM': None,
     'CAM, affinity of the last block': dict(layers=1),
     'CAM, affinity of the last 2 blocks': dict(layers=2),
-    'CAM, affinity of the last 3 blocks': dict(layers=3),
     'CAM, affinity of all blocks': dict(layers=None),
-    'CAM, last 2 blocks, 16 x 16 patches': dict(layers=2, side=224),
-    'CAM, last 2 blocks, doubly stochastic, squared': dict(layers=2, norm='sinkhorn', power=2),
-    'CAM, the same inside class boxes': dict(layers=2, norm='sinkhorn', power=2, boxes=.4)}
+    'CAM, last 2 blocks, doubly stochastic, squared': dict(layers=2, norm='sinkhorn', power=2)}
 
 def both(r): return r.get('best_miou', r.get('miou')), float(np.mean([v['iou'] for k,v in r.per_class.items() if k in ('background', *ANIMALS)]))
 

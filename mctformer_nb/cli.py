@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FROZEN_RECIPE', 'RECIPE', 'TRAIN_ARGS', 'FINE_ARGS', 'SEED_ARGS', 'SCORE_ARGS', 'mct_demo', 'mct_prepare_voc',
            'quick_recipe', 'default_recipe', 'fill_recipe', 'report_training', 'train_without_training', 'mct_train',
-           'check_classes', 'affinity_network', 'mct_seeds', 'find_results', 'mct_score', 'mct_report', 'mct_info',
-           'class_list', 'mct_convert']
+           'check_classes', 'tried_precision', 'affinity_network', 'mct_seeds', 'find_results', 'mct_score',
+           'mct_report', 'mct_info', 'class_list', 'mct_convert']
 
 # %% ../nbs/60_cli.ipynb #c7d817f5
 import argparse, shlex
@@ -240,8 +240,9 @@ SEED_ARGS = [
         help='labels from the data or from the model (default: given)'),
     arg('--label-threshold', type=number(float, 0, 1), default=.5,
         help='probability from which a predicted class counts (default: 0.5)'),
-    arg('--precision', choices=['float32', 'bf16', 'fp16', 'int8'], default='float32',
-        help='of the network: fp16 for GPUs, int8 for a CPU (default: float32)'),
+    arg('--precision', choices=['float32', 'bf16', 'fp16', 'int8', 'auto'], default='float32',
+        help='of the network: fp16 for GPUs, int8 for a CPU, auto: the fastest here, by a short trial '
+             '(default: float32)'),
     arg('--affinity', metavar='NAME',
         help="refine by the patches of this ViT of timm instead of the model's own, e.g. vit_small_patch14_dinov2"),
     arg('--affinity-weights', metavar='FILE', help="its weights (default: those of timm's hub)"),
@@ -257,6 +258,22 @@ SEED_ARGS = [
     arg('--no-self-train', action='store_true',
         help='of a frozen network: its maps as they are, without a classifier of cells'),
     arg('--overwrite', action='store_true', help='write seeds anew that exist')]
+
+# %% ../nbs/60_cli.ipynb #pr3c1s02
+def tried_precision(
+    model:'Module', # a classifier
+    device:str=None, # checked; default CUDA where there is one
+) -> str: # a precision of `at_precision`
+    "The fastest precision on this machine, by a short trial. Raises `DataError` for several processes."
+    import torch
+    from mctformer_nb.core import need
+    from mctformer_nb.fast_maps import choose_precision
+    from mctformer_nb.ranks import local_device, world
+    need(world()==1, '--precision auto', 'is for a single process', 'Name the precision')
+    device, side = local_device(device), 14*model.patch_size
+    precision = choose_precision(model.to(device).eval(), torch.rand(1, 3, side, side, device=device))
+    print(f'precision {precision}: the fastest on this machine')
+    return precision
 
 # %% ../nbs/60_cli.ipynb #e67e14bc
 def affinity_network(
@@ -289,6 +306,7 @@ def mct_seeds(a):
     same = 'kind layers rule scales batch_size image_size fit labels label_threshold precision compete'
     options = {k: getattr(a, k) for k in same.split()} | dict(refine=not a.no_refine, flip=not a.no_flip,
                                                               longest=a.longest or None)
+    if a.precision=='auto': options['precision'] = tried_precision(model, device)
     for ds in data:
         if frozen: r = self_trained_seeds(model, ds, a.out, other, device=device, overwrite=a.overwrite)
         else: r = extract_seeds(model, ds, a.out, affinity=other, device=device, overwrite=a.overwrite, **options)
