@@ -32,13 +32,14 @@ class Log:
         if self.a.json: save_records(self.a.json, [new_record('real photos', f'{stage}, {self.kind}', v, m, f'VOC animals, {split}', **common) for m,v in values.items()])
         print(f'{stage:40} {split:6} occurring {occur:5.1f} (also predicted: {values["mIoU"]:5.1f})   background + six {some:5.1f}' + ('' if seconds is None else f'   {seconds:.0f} s'), flush=True)
 
-def mistakes(r, command, kind):
-    "A record a class: its IoU, and what its pixels are most often taken for, in percent of them"
+def mistakes(r, aug, command, kind):
+    "A record a class: its IoU, in how many photos of the training it is, and what its pixels are most often taken for, in percent of them"
+    photos = np.r_[len(aug), aug.targets().sum(0)]
     names, share = ['background', *r.names], 100*r.confusion/np.maximum(r.confusion.sum(1, keepdims=True), 1)
     for i,name in enumerate(names):
         if not r.confusion[i].any(): continue
         wrong = np.where(np.arange(len(names))==i, -1, share[i]); j = int(wrong.argmax())
-        yield new_record('photo classes', f'{name}, {kind}', r.per_class[name]['iou'], 'IoU', 'VOC animals, val', seed=0, command=command, taken_for=names[j], taken_percent=round(float(wrong[j]), 1))
+        yield new_record('photo classes', f'{name}, {kind}', r.per_class[name]['iou'], 'IoU', 'VOC animals, val', seed=0, command=command, photos=int(photos[i]), taken_for=names[j], taken_percent=round(float(wrong[j]), 1))
 
 def main(a):
     out, log, start = a.out, Log(a), time.time()
@@ -60,7 +61,7 @@ def main(a):
         masks = out/f'val_{name.split()[0]}'
         segment_dataset(run, val, masks, scales=(.75, 1, 1.25), flip=True, crf=crf, workers=a.workers)
         r = score_masks(masks, val); log(f'segmentation, {name}', r, 'val', time.time()-start)
-        if a.json and not crf: save_records(a.json, list(mistakes(r, 'python experiments/real_photos.py', log.kind)))
+        if a.json and not crf: save_records(a.json, list(mistakes(r, aug, 'python experiments/real_photos.py', log.kind)))
     print(score_table(r, classes=ANIMALS), flush=True)
 
 if __name__=='__main__':

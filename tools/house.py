@@ -31,7 +31,7 @@ WORDS = dict(
     files='Path open exists is_file is_dir mkdir unlink rename rmtree rglob glob stat st_mtime st_size with_name resolve suffix stem read_bytes write_bytes atomic_path zipfile ZipFile tarfile '
           'GzipFile TarInfo BytesIO savez_compressed read_json write_json read_arrays save_file load_file read_state_dict save_mask open_mask save_run load_run save_seed load_seed json '
           'hashlib sha1 sha256 hexdigest encode decode getvalue path paths file files folder out_folder',
-    locks='folder_lock claim claim_folder sweep sweep_folder shutil first_alone connected joined my_part rank world local_device may_overwrite overwrite fresh ExitStack enter_context',
+    locks='folder_lock claim claim_folder sweep_temporaries shutil first_alone connected joined my_part rank world local_device may_overwrite overwrite fresh ExitStack enter_context',
     settings='settings note options how hows config cfg state_dict batch_size elsewhere no_result set_here defaults signature inspect known fingerprint data_fingerprint plain to_json differ orphan package version',
     progress='progress print log time seconds report reports skipped written todo bad missing done',
     workers='pool submit result ThreadPoolExecutor ProcessPoolExecutor run_pool workers queue popleft deque cores jobs signal os',
