@@ -27,7 +27,7 @@ class Log:
         some = float(np.mean([v['iou'] for k,v in r.per_class.items() if k in ('background', *ANIMALS) and v['iou'] is not None]))
         command = 'python experiments/real_photos.py' + (f' --affinity {self.a.affinity}' if self.a.affinity else '')
         common = dict(command=command, seed=0, images=r.n_images, **extra, **({} if seconds is None else dict(seconds=round(seconds))))
-        occur = float(np.mean([v['iou'] for v in r.per_class.values() if v['iou'] or v['fn']]))       # a class without a pixel in the truth has only false positives
+        occur = float(np.mean([v['iou'] for v in r.per_class.values() if v['iou']>0 or v['fn']>0]))       # a class without a pixel in the truth has only false positives
         values = {'mIoU': r.get('best_miou', r.get('miou')), 'mIoU of background and six classes': some, 'mIoU of classes that occur': occur}
         if self.a.json: save_records(self.a.json, [new_record('real photos', f'{stage}, {self.kind}', v, m, f'VOC animals, {split}', **common) for m,v in values.items()])
         print(f'{stage:40} {split:6} occurring {occur:5.1f} (also predicted: {values["mIoU"]:5.1f})   background + six {some:5.1f}' + ('' if seconds is None else f'   {seconds:.0f} s'), flush=True)
