@@ -1,6 +1,7 @@
 """A new user's folder: 60 photos of VOC 2012 (20 cat, 20 cow, 20 horse, each the only label of its photo) without masks, and the commands of the README. The true masks only score.
 
     python experiments/photos60.py --data voc:PATH/VOC2012 [--affinity vit_small_patch14_dinov2 --affinity-weights FILE] [--draws 3] --out runs/photos60
+    python experiments/photos60.py --data voc:PATH/VOC2012 --tokens [--affinity-weights FILE] --draws 1       # the paper's idea: class tokens in the frozen ViT itself
 
 Prints seconds and mIoU (background and the three classes) of seeds at a background of 0.4 and of masks, for three draws, and an ellipse in the middle of each photo to compare with."""
 import argparse, time
@@ -9,7 +10,7 @@ import numpy as np
 from mctformer_nb import cli, cli_masks
 from mctformer_nb.core import need
 from mctformer_nb.datasets import get_dataset
-from mctformer_nb.scores import fixed_threshold, score_masks
+from mctformer_nb.scores import fixed_threshold, score_masks, sweep_threshold
 from mctformer_nb.tables import new_record, save_records
 
 CLASSES = 'cat', 'cow', 'horse'
@@ -48,13 +49,32 @@ def ellipse(folder, truth):
 
 def run(name, **options):
     "A command as it is typed"
-    argv = [w for k,v in options.items() if v is not None for w in (f'--{k.replace("_", "-")}', str(v))]
+    argv = [w for k,v in options.items() if v is not None for w in (f'--{k.replace("_", "-")}', *(() if v is True else (str(v),)))]
     print('$', name, *argv, flush=True); start = time.time()
     need(getattr(cli, name, getattr(cli_masks, name, None))(argv) == 0, name, 'ended with an error', 'See above')
     return time.time()-start
 
+MAPS = dict([('its attention', dict(kind='attn', no_refine=True)), ('its PatchCAM', dict(kind='patchcam', no_refine=True)), ('their product', dict(kind='fused', no_refine=True)),
+             ('its attention and affinity', dict(kind='attn')), ('the product and affinity', dict(kind='fused'))])
+
+def tokens(a, ds):
+    "Class tokens of a frozen ViT-S (MCTformer-V2), maps of its last two blocks"
+    for seed in range(a.draws):
+        root, out = a.out/f'draw{seed}', a.out/f'draw{seed}_tokens'; write_folder(ds, draw(ds, seed), root)
+        common = dict(data=f'folder:{root}'); folder = get_dataset(common['data']); truth = Truth(ds, folder)
+        seconds = run('mct_train', recipe='frozen', variant='v2', pretrained=a.affinity_weights, out=out/'run', **common)
+        for i,(name,how) in enumerate(MAPS.items()):
+            run('mct_seeds', run=out/'run', out=out/f'seeds{i}', layers=2, image_size=224, **how, **common)
+            best, fixed = sweep_threshold(out/f'seeds{i}', truth), fixed_threshold(out/f'seeds{i}', truth, .4)
+            yield [new_record('photos60 tokens', name, v, m, 'VOC animals, 60 photos', seed=seed, command='python experiments/photos60.py --tokens', seconds=round(seconds))
+                   for m,v in (('mIoU', best.best_miou), ('mIoU at background 0.4', fixed.miou))]
+            print(f'draw {seed}, {name}: {best.best_miou:.1f} at {best.best_threshold}, {fixed.miou:.1f} at 0.4', flush=True)
+
 def main(a):
     ds, records = get_dataset(a.data, 'trainaug'), []
+    if a.tokens:
+        for found in tokens(a, ds): a.json and save_records(a.json, found)
+        return
     for seed in range(a.draws):
         root = a.out/f'draw{seed}'; write_folder(ds, draw(ds, seed), root)
         folder = get_dataset(f'folder:{root}'); truth = Truth(ds, folder)
@@ -71,5 +91,5 @@ def main(a):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); A = p.add_argument
-    A('--data', required=True); A('--affinity'); A('--affinity-weights'); A('--draws', type=int, default=3); A('--out', type=Path, default=Path('runs/photos60')); A('--json', type=Path)
+    A('--data', required=True); A('--affinity'); A('--affinity-weights'); A('--tokens', action='store_true'); A('--draws', type=int, default=3); A('--out', type=Path, default=Path('runs/photos60')); A('--json', type=Path)
     main(p.parse_args())
