@@ -176,8 +176,7 @@ def fit_heads(
         net = HeadWeights(pooled.shape[1], heads, pooled.shape[2]).train()
     opt = torch.optim.AdamW(net.parameters(), lr, weight_decay=weight_decay)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-    for _ in progress(range(steps), 'weights of heads'):
-        b = torch.randint(len(y), (batch_size,), generator=g)
+    for b in progress(torch.randint(len(y), (steps, batch_size), generator=g), 'weights of heads'):
         loss = heads_loss(net, pooled[b], Q[b], y[b], scale)
         opt.zero_grad()
         loss.backward()
