@@ -19,7 +19,7 @@ from mctformer_nb.tables import load_records, new_record, save_records
 from mctformer_nb.train import train_classifier
 
 V2, PLUS = dict(DEMO_SEEDS, rule='reference'), dict(DEMO_SEEDS, rule='plus', scales=(1, .75, 1.25))
-FINE = dict(image_size=192, repeat=2, batch_size=32)                          # twice the cells along each side, as 448 pixels for DeiT
+FINE = dict(image_size=192, repeat=2)                                         # twice the cells along each side, as 448 pixels for DeiT
 ROWS = dict( # name -> title, run, options of the training, options of the seeds, background of the method
     v2=('V2, fused + affinity', 'v2', dict(variant='v2'), V2, 'reference'),
     v2_plus_maps=("V2, the maps of MCTformer+", 'v2', dict(variant='v2'), PLUS, 'plus'),
@@ -31,15 +31,16 @@ ROWS = dict( # name -> title, run, options of the training, options of the seeds
     plus_fine=('MCTformer+ at twice the size', 'fine', dict(variant='plus', **FINE), dict(PLUS, image_size=192), 'plus'),
     heads=('V2, adaptive attention fusion', 'v2', dict(variant='v2'), dict(scales=(1, 1.5), batch_size=32), 'heads'),
     plus_heads=('MCTformer+, adaptive attention fusion', 'cct', dict(variant='plus'), dict(scales=(1, 1.5), batch_size=32), 'heads'))
-METRICS = dict(oracle='mIoU', evidence='mIoU, background chosen without masks', method="mIoU, the method's background")
+METRICS = dict( # of a choice of `background_costs`
+    oracle='mIoU', evidence='mIoU, background chosen without masks', method="mIoU, the method's background")
 
 def measure(name, seed, a):
     "Train, extract, score: a list of records"
     title, run, training, maps, method = ROWS[name]
-    ds, val = (get_dataset('mini', split, n=k, size=96) for split,k in (('train', 600), ('val', 100)))
-    scored, folder, recipe = ds.subset(ds.ids[:200]), a.out/f'seed{seed}', dict(DEMO_RECIPE, epochs=a.epochs, seed=seed)
+    ds, val = (get_dataset('mini', split, n=k, size=96) for split,k in (('train', a.images), ('val', max(8, a.images//6))))
+    scored, folder, recipe = ds.subset(ds.ids[:a.scored]), a.out/f'seed{seed}', dict(DEMO_RECIPE, epochs=a.epochs, seed=seed)
     model = load_run(train_classifier(ds, val, folder/run, **recipe | training))[0]
-    if method=='heads': extract_seeds(HeadFused(model, train_heads(model, ds, folder/run, seed=seed, **a.heads)), scored, folder/f'maps_{name}', **maps)
+    if method=='heads': extract_seeds(HeadFused(model, train_heads(model, ds, folder/run, 96, seed=seed)), scored, folder/f'maps_{name}', **maps)
     else: extract_seeds(model, scored, folder/f'maps_{name}', **maps)
     found = choose_background(model, scored, folder/f'maps_{name}', size=maps.get('image_size'))
     rows = background_costs(folder/f'maps_{name}', scored, dict(evidence=found.background, method=METHOD_BACKGROUND[method]))
@@ -67,5 +68,5 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); A = p.add_argument
     A('--seeds', type=int, nargs='+', default=[0, 1, 2]); A('--rows', nargs='+', choices=list(ROWS), default=list(ROWS)); A('--epochs', type=int, default=12); A('--threads', type=int, default=1)
     A('--out', type=Path, default=Path('runs/beyond')); A('--json', type=Path, default=Path('results/beyond.json')); A('--again', action='store_true')
-    a = p.parse_args(); a.heads = {}
-    main(a)
+    A('--images', type=int, default=600, help='scenes to train on'); A('--scored', type=int, default=200, help='of them, scored')
+    main(p.parse_args())
