@@ -140,7 +140,8 @@ def build_classifier(
     "An MCTformer or a baseline from the configuration of its run. Raises `DataError`."
     args = {} if backbone else dict(cfg.get('backbone_args', {}))
     published = dict(pos_rule='reference') if cfg.get('reference') in ('v1', 'v2') else {}
-    args |= published | {k: cfg[k] for k in ('pos_rule', 'decay_positions') if k in cfg}
+    own = ('pos_rule', 'decay_positions', 'decay', 'contrast', 'repeat')          # what only some models have
+    args |= published | {k: cfg[k] for k in own if k in cfg}
     args |= dict(backbone=backbone or cfg['backbone'], score=cfg['score'])
     model = build_model(cfg['num_classes'], cfg['variant'], **args)
     model.reference = cfg.get('reference')

@@ -21,7 +21,7 @@ from .ranks import local_device
 from .runs import packaged_weights, plain, read_state_dict, save_run, strip_prefix, weights_digest
 from .stage import Output, Work, run_stage
 from .views import input_spec, rgb_tensor
-import mctformer_nb.baselines                             # the other variants
+import mctformer_nb.baselines, mctformer_nb.plus          # the other variants
 
 # %% ../nbs/16_frozen.ipynb #248a93e5
 def frozen_network(

@@ -149,12 +149,16 @@ class MCTformer(nn.Module):
         c = c if self.reg_token is None else torch.cat([c, self.reg_token], 1)      # (1,C+R,D)
         return self.pos_drop(torch.cat([c.expand(len(x), -1, -1), t], 1)), hw       # (B,C+R+M,D)
 
+    def run_block(self, block, t):
+        "(B,N,D) -> (B,N,D): one transformer block"
+        again = self.grad_checkpointing and self.training and torch.is_grad_enabled()
+        return checkpoint(block, t, use_reentrant=False) if again else block(t)
+
     def forward_features(self, x):
         "(B,3,H,W) -> class tokens (B,C,D) and patch map (B,D,h,w) after the last block, no LayerNorm"
         t, hw = self.tokens(x)
         t = self.norm_pre(t)
-        again = self.grad_checkpointing and self.training and torch.is_grad_enabled()
-        for block in self.blocks: t = checkpoint(block, t, use_reentrant=False) if again else block(t)
+        for block in self.blocks: t = self.run_block(block, t)
         c, p = t[:, :self.cls_token.shape[1]], self.patch_tokens(t)       # (B,C,D), (B,M,D)
         return c, p.transpose(1, 2).unflatten(2, hw)               # (B,C,D), (B,D,h,w)
 

@@ -52,9 +52,10 @@ def photos_with_maps(
             yield id, c, x, F.interpolate(m[None, None], x.shape[-2:], mode='bilinear')         # (H,W) -> (1,1,H,W)
 
 # %% ../nbs/26_no_masks.ipynb #aeb5829c
-METHOD_BACKGROUND = dict( # rule of the maps, see `localize` -> the background score of its authors
+METHOD_BACKGROUND = dict( # rule or kind of the maps, see `localize` -> the background score of its authors
     reference=.39, # V1 and V2, as PSA
     plus=.45,      # MCTformer+, VOC and COCO
+    heads=.43,     # WeakTr, VOC; .42 on COCO
 )
 
 # %% ../nbs/26_no_masks.ipynb #13299253

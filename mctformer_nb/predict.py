@@ -92,8 +92,9 @@ def classifier_settings(
         need(0<=v<=1, name, f'{v} is outside 0 to 1', 'Give a number between them')
     own = getattr(model, 'kinds', ())                                         # a baseline has kinds of its own
     kind = own[0] if own else 'attn' if model.variant=='v1' else 'fused'
-    rule = 'plus' if cfg.get('reference')=='plus' else 'reference'
-    maps = dict(kind=kind, layers=3, refine=True, rule=rule) | (maps or {})
+    plus, own = cfg.get('reference')=='plus', model.variant=='plus'                # published; trained here
+    maps = dict(kind=kind, layers=None if own else 3, refine=True, rule='plus' if plus or own else 'reference',
+                ) | (maps or {})
     check_request(model, maps['kind'], maps['layers'], maps['rule'], None)
     return dict(image_size=image_size, label_threshold=float(label_threshold), background=float(background), maps=maps)
 

@@ -41,11 +41,11 @@ def mct_loss(
 # %% ../nbs/12_train.ipynb #738f7dd8
 def prior_loss(
     targets:np.ndarray, # (n,C) multi-hot labels of a data set
-    variant:str='v2', # 'v1' has one loss, 'v2' the sum of two
+    variant:str='v2', # 'v1' has one loss, 'v2' and 'plus' the sum of two
 )->float: # loss of the best constant logits
     "What `mct_loss` would be for logits that do not depend on the image"
     p = np.clip(np.mean(targets, 0, dtype=float), 1e-12, 1-1e-12)          # (n,C) -> (C,) how often a class occurs
-    return float(-(p*np.log(p) + (1-p)*np.log(1-p)).mean() * (2 if variant=='v2' else 1))
+    return float(-(p*np.log(p) + (1-p)*np.log(1-p)).mean() * (2 if variant in ('v2', 'plus') else 1))
 
 # %% ../nbs/12_train.ipynb #65422ba8
 def make_transform(
@@ -193,12 +193,13 @@ def make_learner(
     groups = param_groups(model, weight_decay, lr_mult)
     # the groups replace fastai's splitter
     def adamw(params, lr): return OptimWrapper(opt=torch.optim.AdamW(groups, lr=lr))
-    fields = ['cls'] + ['patch']*(model.variant=='v2')
+    fields = ['cls'] + ['patch']*(model.variant in ('v2', 'plus'))
     amp = amp or ('fp16' if dls.device.type=='cuda' else 'off')
     cbs = [CosineSchedule(**schedule), KeepFrozen(), *([] if amp=='off' else [Precision(amp)]), *more]
     model.to(dls.device, memory_format=torch.channels_last)  # a third less time for a convolutional stem on a CPU
     if compile: compile_model(model)
-    return Learner(dls, model, mct_loss, opt_func=adamw, lr=lr, metrics=[MeanAP(f) for f in fields], cbs=cbs)
+    loss = getattr(model, 'loss', mct_loss)                  # a model may have terms of its own
+    return Learner(dls, model, loss, opt_func=adamw, lr=lr, metrics=[MeanAP(f) for f in fields], cbs=cbs)
 
 # %% ../nbs/12_train.ipynb #a6a292f4
 def compile_model(
