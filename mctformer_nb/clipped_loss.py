@@ -103,14 +103,15 @@ def show_clipped(
 ) -> object: # matplotlib figure
     "A column a photo: with its mask, the losses, the limits of windows, and in red the pixels whose gradient is cut"
     losses, (H, W) = pixel_losses(logits, masks), masks.shape[1:]                # (B,H,W)
-    limits, side, top = loss.limits(losses, torch.ones_like(losses)), loss.side(losses), losses.max()
+    limits, side = loss.limits(losses, torch.ones_like(losses)), loss.side(losses)      # (B,H,W)
     fig = new_figure((1.7*len(images), 6.6), 72)
     axs = fig.subplots(4, len(images), squeeze=False)
     for column,image,mask,l,limit in zip(axs.T, images, masks, losses, limits):
         photo = np.asarray(image.resize((W, H)))
         cut = np.where((l>limit)[..., None], (230, 30, 30), photo//2+64)         # (H,W,3)
-        for ax,im in zip(column, (overlay(photo, mask.numpy()), l, limit, cut)):
-            ax.imshow(im, vmin=0, vmax=top, cmap='magma')                        # range and colours of those without any
+        pictures = (overlay(photo, mask.numpy()), None), (l, losses.max()), (limit, limits.max()), (cut, None)
+        for ax,(im,most) in zip(column, pictures):
+            ax.imshow(im, vmin=0, vmax=most, cmap='magma')                       # range and colours of those without any
             ax.set(xticks=np.arange(0, W, side)-.5, yticks=np.arange(0, H, side)-.5, xticklabels=[], yticklabels=[])
             ax.grid(color='white', lw=.5)
     for ax,title in zip(axs[:, 0], ('with mask', 'loss', 'limit', 'clipped')): ax.set_ylabel(title)
