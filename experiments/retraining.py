@@ -9,11 +9,12 @@ import argparse, csv, time
 from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
-from mctformer_nb.clipped_loss import label_entropy, wrong_labels
+from mctformer_nb.clipped_loss import ClippedLoss, label_entropy, wrong_labels
 from mctformer_nb.core import open_mask, save_mask, set_seed
 from mctformer_nb.crf_masks import make_crf_masks
 from mctformer_nb.datasets import get_dataset
-from mctformer_nb.deeplab import segment_loss, segment_network, train_segment
+from mctformer_nb.deeplab import SegmentLoss, train_segment
+from mctformer_nb.mask_decoder import segment_network
 from mctformer_nb.mctformer import MCTformer
 from mctformer_nb.scores import confusion, iou_fp_fn, score_masks
 from mctformer_nb.seeds import extract_seeds
@@ -63,7 +64,7 @@ class Frozen:
         "mIoU of unseen scenes, every sixth of the training"
         set_seed(seed); head = segment_network(8, **network, **VIT | dict(pretrained=False)).head.train()
         opt = torch.optim.AdamW(head.parameters(), RATES[network['decoder']]); curve = torch.optim.lr_scheduler.PolynomialLR(opt, a.steps, .9)
-        y, f, found = torch.from_numpy(np.stack(masks))[:, 2::4, 2::4], segment_loss(loss, **dict(clip_start=a.clip_start) if loss=='clipped' else {}), []       # masks (n,24,24)
+        y, f, found = torch.from_numpy(np.stack(masks))[:, 2::4, 2::4], ClippedLoss(clip_start=a.clip_start) if loss=='clipped' else SegmentLoss(), []       # masks (n,24,24)
         for step in range(a.steps):
             i = torch.randperm(len(y))[:8]
             f(head(self.train[i]), y[i]).backward(); opt.step(); opt.zero_grad(); curve.step()

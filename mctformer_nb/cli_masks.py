@@ -162,7 +162,7 @@ def segment_recipe_args(
 @command('mct_segment_train --masks runs/masks --data voc:VOCdevkit/VOC2012 --split trainaug --valid-split val '
          '--pretrained res38_cls.pth --out runs/deeplab',
          'mct_segment_train --masks truth --data folder:photos --backbone resnet50 --pretrained --out runs/supervised',
-         'mct_segment_train --masks runs/masks --data voc:VOCdevkit/VOC2012 --split trainaug --decoder mask --loss clipped',
+         'mct_segment_train --masks runs/masks --data voc:VOC2012 --split trainaug --decoder mask --loss clipped',
          args=[*fit_args('deeplab, beside the masks', (30, 4, 321, 7e-4), (30, 8, 96, 6e-4)), *DECODER_ARGS,
     arg('--masks', required=True, metavar='DIR',
         help="folder of mask PNGs from mct_masks, or 'truth': the masks of the data set (fully supervised)"),

@@ -73,7 +73,7 @@ def save_segment(
     return save_run(model, folder, classes=classes and list(classes), **config)
 
 # %% ../nbs/40_deeplab_net.ipynb #5e9k1nd5
-SEGMENT_KINDS = 'deeplab', 'segmenter' # kinds of runs that are segmentation networks, see the next notebook for the other
+SEGMENT_KINDS = 'deeplab', 'segmenter' # of runs that are segmentation networks; the next notebook has the other
 
 # %% ../nbs/40_deeplab_net.ipynb #1da222a4
 def load_segment(

@@ -181,14 +181,13 @@ def load_run(
 ) -> tuple: # (network in eval mode, configuration)
     "Rebuild the network of a run folder. Raises `DataError` naming the file."
     file = Path(folder)/'config.json'
-    wanted = (kind,) if isinstance(kind, str) else kind or ()
+    wanted = [kind] if isinstance(kind, str) else kind or []
     maker = run_kind(wanted[0]).command if wanted else 'mct_train'
     need(file.is_file(), file, 'no such file', f'Give a run folder, as `{maker} --out` writes it')
     cfg = check_config(file, read_json(file))
     found = cfg.get('kind') or ('classifier' if 'variant' in cfg else 'unknown')
     need(not wanted or found in wanted, file, f'is the run of another network ({found})', f'Give a run of {maker}')
-    how = run_kind(found, file)
-    check_config(file, cfg, **how.fields)
+    check_config(file, cfg, **(how := run_kind(found, file)).fields)
     need(num_classes in (None, cfg.get('num_classes')), file,
          f'a model for {cfg.get("num_classes")} classes, {num_classes} wanted', 'Use the run of the same data set')
     own = cfg.get('backbone') == 'custom' and backbone is None
