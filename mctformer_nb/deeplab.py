@@ -23,12 +23,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from .backbones import DenseBackbone
+from .clipped_loss import retraining_loss, retraining_settings
 from .core import DataError, need, overlay
 from .datasets import Dataset
 from .deeplab_net import DeepLab, LargeFOV, load_segment, predict_mask, save_segment, shorter_side
 from .deeplab_net import show_pictures
 from .learner import PolySchedule, Precision, data_fingerprint, epoch_loader, fit_run, make_dls
 from .learner import param_groups, seeded
+from .mask_decoder import decoder_network, segment_network
 from .photos import read_mask_file
 from .ranks import local_device, rank, rank_mean
 from .runs import plain, split_options
@@ -265,6 +267,7 @@ RECIPES = dict(
     reference=SegmentRecipe(), # the published run
     sgd=SegmentRecipe(momentum=.9, weight_decay=1e-5, frozen=False, amp=None), # what it was meant to be
     adamw=SegmentRecipe(torch.optim.AdamW, 1e-4, weight_decay=.05, frozen=False, amp=None), # for a ViT
+    weaktr=SegmentRecipe(lr=1e-5, momentum=.9, frozen=False, amp=None), # ViT and mask transformer (WeakTr)
 )
 
 # %% ../nbs/41_deeplab.ipynb #r3c1pe00
@@ -279,10 +282,11 @@ def segment_recipe(
 # %% ../nbs/41_deeplab.ipynb #33d5174e
 def segment_learner(
     dls:DataLoaders, # from `segment_loaders`
-    model:DeepLab, # moved to the device of `dls`
-    optimizer:str='reference', # key of `RECIPES`: 'reference', 'sgd', or 'adamw' for a ViT
+    model:nn.Module, # of `segment_network`, moved to the device of `dls`
+    optimizer:str='reference', # key of `RECIPES`: 'reference', 'sgd', 'weaktr', or 'adamw' for a ViT
     accumulate:int=1, # batches a step
     loss_at:str='labels', # see `SegmentLoss`
+    loss_func:object=None, # another loss, such as `ClippedLoss`; default `SegmentLoss`
     cbs:tuple=(), # more callbacks
     **options, # of `SegmentRecipe`: lr, momentum, weight_decay, head_mult, lr_mult, power, frozen, amp
 ) -> Learner:
@@ -297,7 +301,7 @@ def segment_learner(
     amp = r.amp or ('fp16' if dls.device.type=='cuda' else 'off')
     half, several = [] if amp=='off' else [Precision(amp)], [PixelAccumulation(accumulate)] if accumulate>1 else []
     cbs, metric = [PolySchedule(r.power), *half, *several, *cbs], MeanIoU(model.num_classes)
-    return Learner(dls, model, SegmentLoss(loss_at), opt_func=opt_func, lr=r.lr, metrics=metric, cbs=cbs)
+    return Learner(dls, model, loss_func or SegmentLoss(loss_at), opt_func=opt_func, lr=r.lr, metrics=metric, cbs=cbs)
 
 # %% ../nbs/41_deeplab.ipynb #541689a0
 def masks_fingerprint(
@@ -313,25 +317,27 @@ def masks_fingerprint(
 # %% ../nbs/41_deeplab.ipynb #73a168ca
 def segment_options(
     options:dict, # {name: value}
-) -> tuple: # for `segment_loaders`, `segment_learner`, `DeepLab`; and what decides the result as plain values
+) -> tuple: # for `segment_loaders`, `segment_learner`, `segment_network`; and what decides the result as plain values
     "The options of `train_segment` by the function that takes them. Raises `DataError` for an unknown one."
-    ours = 'valid seed device spec cbs num_classes name make'.split()
-    takers = Samples, segment_loaders, segment_learner, SegmentRecipe, DeepLab, DenseBackbone
-    samples, load, learn, recipe, net, extra = split_options(options, *takers, given=ours)
+    ours = 'valid seed device spec cbs loss_func num_classes name make'.split()
+    network = decoder_network(options.get('decoder', 'fov'))
+    takers = Samples, segment_loaders, segment_learner, SegmentRecipe, retraining_settings, network, DenseBackbone
+    samples, load, learn, recipe, later, net, extra = split_options(options, *takers, given=ours)
     learn |= vars(segment_recipe(learn['optimizer'], **{k: options[k] for k in recipe if k in options}))
     net |= {k: options[k] for k in extra if k in options}                       # others keep the backbone's default
-    load |= samples
+    load, later = load | samples, retraining_settings(**later)                  # nothing of a plain DeepLab
     no_result = ('workers', 'cache', 'make')                                    # 'make' is told by the optimizer
-    settings = {k: plain(v) for k,v in {**load, **learn, **net}.items() if k not in no_result}
-    return load, {k: v for k,v in learn.items() if k!='make'}, net, settings
+    settings = {k: plain(v) for k,v in {**load, **learn, **net, **later}.items() if k not in no_result}
+    learn = {k: v for k,v in learn.items() if k!='make'} | dict(loss_func=retraining_loss(later))
+    return load, learn, net | dict(decoder=later.get('decoder', 'fov')), settings
 
 # %% ../nbs/41_deeplab.ipynb #ab0ut000
 def describe_training(
     dls:DataLoaders, # from `segment_loaders`
-    model:DeepLab, # to be trained
+    model:nn.Module, # to be trained
 ) -> list: # of lines
     "What is to be known about data and network before a training"
-    data, d = dls.train.dataset, model.config['dilation']
+    data, d = dls.train.dataset, model.config.get('dilation', 0)                # a mask transformer has none
     grid, missing = -(-data.how.crop//model.stride), data.missing
     size = sum(p.numel() for p in model.parameters())/1e6
     some = ', '.join(missing[:5]) + ' ...'*(len(missing)>5)
@@ -350,14 +356,14 @@ def train_segment(
     pretrained:bool|str|Path=False, # weights of the backbone, see `DeepLab`
     seed:int=0, # of everything random
     device:str=None, # default CUDA if there is one
-    **options, # `Samples`, `SegmentRecipe`, `segment_loaders`, `segment_learner`, `DeepLab`, its backbone; fresh, log
+    **options, # `Samples`, `SegmentRecipe`, `segment_loaders`, `segment_learner`, `segment_network`, ...; fresh, log
 ) -> Path: # the run folder
-    "Train a DeepLab into a run folder, or go on with the run that is there. Raises `DataError`."
+    "Train a segmentation network into a run folder, or go on with the run that is there. Raises `DataError`."
     run = dict(log=partial(print, flush=True)) | {k: options.pop(k) for k in ('fresh', 'log') if k in options}
     (load, learning, net, settings), learners = segment_options(options | dict(pretrained=pretrained)), []
     settings |= dict(data=masks_fingerprint(ds, masks), valid=valid and masks_fingerprint(valid))
     def make(start): # weights of the backbone are fetched only at the start
-        model = DeepLab(len(ds.classes), **net | ({} if start else dict(pretrained=False)))
+        model = segment_network(len(ds.classes), **net | ({} if start else dict(pretrained=False)))
         dls = segment_loaders(masks, ds, valid, **load, seed=seed, device=local_device(device), spec=model.input_spec)
         for line in [] if rank() else describe_training(dls, model): run['log'](f'{out}: {line}')
         learners.append(segment_learner(dls, model, **learning))

@@ -118,7 +118,7 @@ class RunKind:
 # %% ../nbs/07_runs.ipynb #9a0b5358
 RUN_KINDS = {} # name of the kind -> RunKind
 _HOME = dict(classifier='mctformer_nb.frozen', affinitynet='mctformer_nb.affinitynet',
-             deeplab='mctformer_nb.deeplab_net')
+             deeplab='mctformer_nb.deeplab_net', segmenter='mctformer_nb.mask_decoder')
 
 # %% ../nbs/07_runs.ipynb #699f0bfd
 def run_kind(
@@ -177,17 +177,17 @@ def load_run(
     folder:str|Path, # run folder
     backbone:nn.Module=None, # only for a backbone of your own
     num_classes:int=None, # raise unless the run has this many classes
-    kind:str=None, # 'classifier' | 'affinitynet' | 'deeplab'; default any
+    kind:str|tuple=None, # 'classifier' | 'affinitynet' | 'deeplab' | 'segmenter', or several; default any
 ) -> tuple: # (network in eval mode, configuration)
     "Rebuild the network of a run folder. Raises `DataError` naming the file."
     file = Path(folder)/'config.json'
-    maker = run_kind(kind).command if kind else 'mct_train'
+    wanted = [kind] if isinstance(kind, str) else kind or []
+    maker = run_kind(wanted[0]).command if wanted else 'mct_train'
     need(file.is_file(), file, 'no such file', f'Give a run folder, as `{maker} --out` writes it')
     cfg = check_config(file, read_json(file))
     found = cfg.get('kind') or ('classifier' if 'variant' in cfg else 'unknown')
-    need(kind in (None, found), file, f'is the run of another network ({found})', f'Give a run of {maker}')
-    how = run_kind(found, file)
-    check_config(file, cfg, **how.fields)
+    need(not wanted or found in wanted, file, f'is the run of another network ({found})', f'Give a run of {maker}')
+    check_config(file, cfg, **(how := run_kind(found, file)).fields)
     need(num_classes in (None, cfg.get('num_classes')), file,
          f'a model for {cfg.get("num_classes")} classes, {num_classes} wanted', 'Use the run of the same data set')
     own = cfg.get('backbone') == 'custom' and backbone is None
