@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'crop_view', 'random_view', 'mask_file', 'find_masks', 'Samples', 'read_pair', 'MaskedPhotos',
-           'segment_loaders', 'show_segment_batch', 'SegmentLoss', 'MeanIoU', 'PixelAccumulation', 'SegmentRecipe',
-           'segment_recipe', 'segment_learner', 'masks_fingerprint', 'segment_options', 'describe_training',
-           'train_segment', 'show_segment_results']
+           'with_corrected', 'segment_loaders', 'show_segment_batch', 'SegmentLoss', 'MeanIoU', 'PixelAccumulation',
+           'SegmentRecipe', 'segment_recipe', 'segment_learner', 'masks_fingerprint', 'segment_options',
+           'describe_training', 'train_segment', 'show_segment_results']
 
 # %% ../nbs/41_deeplab.ipynb #12fe05ce
-import hashlib, math, random, sys
+import hashlib, math, random, shutil, sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from .backbones import DenseBackbone
-from .core import DataError, need, overlay
+from .core import DataError, atomic_path, need, overlay, save_mask
 from .datasets import Dataset
 from .deeplab_net import DeepLab, LargeFOV, load_segment, predict_mask, save_segment, shorter_side
 from .deeplab_net import show_pictures
@@ -94,8 +94,8 @@ def find_masks(
     where = f'{ds.name} ({ds.split})' if truth else Path(masks)
     there = truth or where.is_dir()
     need(there, where, 'there is no such folder of masks', 'Write masks with mct_masks, or train on the ground truth')
-    files = {id: mask_file(ds, masks, id) for id in ds.ids}
-    have = [id for id,f in files.items() if (ds.has_masks if f is None else f.is_file())]
+    files = [(id, mask_file(ds, masks, id)) for id in ds.ids]              # an image that is there twice counts twice
+    have = [id for id,f in files if (ds.has_masks if f is None else f.is_file())]
     none = f'none of the {len(ds)} images of {ds.name} ({ds.split}) has a mask here'
     need(have, where, none, 'Check folder and split')
     return have, sorted(set(ds.ids)-set(have))
@@ -154,6 +154,22 @@ class MaskedPhotos(torch.utils.data.Dataset):
         if how.cache: self.memory[i] = image, mask
         if how.crop is None: return self.spec.normalise(rgb_tensor(image)), torch.from_numpy(mask)
         with seeded(self.seed, epoch, i): return random_view(image, mask, how.crop, how.scales, how.flip, self.spec)
+
+# %% ../nbs/41_deeplab.ipynb #c0rrecte
+def with_corrected(
+    masks:str|Path, # folder of pseudo masks, `<id>.png`
+    ds:Dataset, # photos, some of them with a mask of their own
+    out:str|Path, # folder to write: all masks, corrected ones in place of pseudo masks
+    weight:int=1, # how many times a corrected mask counts in an epoch
+) -> Dataset: # photos to train on, those with a corrected mask `weight` times
+    "Corrected and pseudo masks together. Raises `DataError` where there are no corrected ones."
+    own = {id: ds.mask(id) for id in ds.with_masks().ids} if ds.has_masks else {}
+    need(own, ds.name, f'has no mask of its own ({ds.split})', 'Bring corrected masks back with mct_import')
+    pseudo = [id for id in ds.ids if id not in own and mask_file(ds, masks, id).is_file()]
+    for id,m in own.items(): save_mask(Path(out)/f'{id}.png', m)
+    for id in pseudo:
+        with atomic_path(Path(out)/f'{id}.png') as p: shutil.copy2(mask_file(ds, masks, id), p)
+    return ds.subset([id for id in ds.ids if id in own or id in set(pseudo) for _ in range(weight if id in own else 1)])
 
 # %% ../nbs/41_deeplab.ipynb #cc421898
 def segment_loaders(
@@ -350,17 +366,17 @@ def train_segment(
     pretrained:bool|str|Path=False, # weights of the backbone, see `DeepLab`
     seed:int=0, # of everything random
     device:str=None, # default CUDA if there is one
-    **options, # `Samples`, `SegmentRecipe`, `segment_loaders`, `segment_learner`, `DeepLab`, its backbone; fresh, log
+    **options, # `Samples`, `SegmentRecipe`, `segment_loaders`, `segment_learner`, `DeepLab`, its backbone; fresh, log, cbs
 ) -> Path: # the run folder
     "Train a DeepLab into a run folder, or go on with the run that is there. Raises `DataError`."
-    run = dict(log=partial(print, flush=True)) | {k: options.pop(k) for k in ('fresh', 'log') if k in options}
+    cbs, run = options.pop('cbs', None) or (), dict(log=partial(print, flush=True)) | {k: options.pop(k) for k in ('fresh', 'log') if k in options}
     (load, learning, net, settings), learners = segment_options(options | dict(pretrained=pretrained)), []
     settings |= dict(data=masks_fingerprint(ds, masks), valid=valid and masks_fingerprint(valid))
     def make(start): # weights of the backbone are fetched only at the start
         model = DeepLab(len(ds.classes), **net | ({} if start else dict(pretrained=False)))
         dls = segment_loaders(masks, ds, valid, **load, seed=seed, device=local_device(device), spec=model.input_spec)
         for line in [] if rank() else describe_training(dls, model): run['log'](f'{out}: {line}')
-        learners.append(segment_learner(dls, model, **learning))
+        learners.append(segment_learner(dls, model, cbs=cbs, **learning))
         return learners[-1]
     def save(model, folder, **config):
         save_segment(model, folder, **config, iou=valid and learners[-1].metrics[0].named(ds.classes))
