@@ -56,15 +56,15 @@ def corrected(root, way, ids, folder, truth, recipe, weight, seed):
     mine = root/way; (mine/'photos').mkdir(parents=True, exist_ok=True)
     for name in ('images', 'labels.csv'):
         if not (mine/f'photos/{name}').exists(): (mine/f'photos/{name}').symlink_to((root/f'photos/{name}').resolve())
-    d = dict(data=f'folder:{mine}/photos'); masks, net = root/'run/masks', mine/'deeplab'
+    d = dict(data=f'folder:{mine}/photos'); masks = again = root/'run/masks'; net = mine/'deeplab'
     if ids:
         for id in ids: save_mask(mine/f'photos/masks/{id}.png', truth.mask(id))
-        masks = mine/'masks_again'
+        again = mine/'masks_again'                                             # with the background score that fits the corrected masks
         run('mct_score', '--corrected', pred=root/'run/seeds', json=mine/'corrected.json', **d)
-        run('mct_masks', seeds=root/'run/seeds', background=mine/'corrected.json', out=masks, **d)
+        run('mct_masks', seeds=root/'run/seeds', background=mine/'corrected.json', out=again, **d)
     run('mct_segment_train', masks=masks, out=net, recipe=recipe, corrected_weight=weight if ids else None, seed=seed, **d)
     run('mct_segment', run=net, out=mine/'found', split='train', scales=1 if recipe=='quick' else None, **d)
-    return masks, mine/'found', net
+    return again, mine/'found', net
 
 def main(a):
     records = []
@@ -76,7 +76,7 @@ def main(a):
         print(f'seed {seed}: {len(others)} photos that nobody corrects; best background {sweep_threshold(root/"run/seeds", truth).best_threshold:.2f} with all masks')
         for way,ids in ways.items():
             masks, found, net = corrected(root, way, ids, folder, truth, recipe, a.weight, seed)
-            scores = {'pseudo masks': miou(masks, truth, others), 'network': miou(found, truth, others)}
+            scores = {'pseudo masks at the background of the corrected ones': miou(masks, truth, others), 'network': miou(found, truth, others)}
             if a.data=='mini':
                 run('mct_segment', run=net, data='mini', split='val', out=root/way/'unseen', scales=1); scores['network, unseen photos'] = score_masks(root/way/'unseen', get_dataset('mini', 'val')).miou
             print(f'seed {seed}, {way}:', ', '.join(f'{k} {v:.1f}' for k,v in scores.items()), flush=True)

@@ -127,8 +127,8 @@ SEGMENT_ARGS = [*fit_args('deeplab, beside the masks', (30, 4, 321, 7e-4), (30, 
     arg('--masks', required=True, metavar='DIR',
         help="folder of mask PNGs from mct_masks, or 'truth': the masks of the data set (fully supervised)"),
     arg('--corrected-weight', type=number(int, 1), metavar='N',
-        help='masks of the data set itself, as mct_import brings them back, take the place of pseudo masks, and each counts '
-             'N times an epoch (default: pseudo masks alone)'),
+        help='masks of the data set itself, as mct_import brings them back, take the place of pseudo masks, and each '
+             'counts N times an epoch (default: pseudo masks alone)'),
     arg('--valid-split', help='part of the data with masks, for mIoU after each epoch (default: none)'),
     arg('--optimizer', choices=['reference', 'sgd', 'adamw'],
         help='as the published run, with momentum, or adamw (reference: reference; others: adamw)'),
@@ -145,7 +145,7 @@ def use_corrected(
 ) -> tuple: # photos to train on, folder of their masks
     "Corrected masks in place of pseudo masks, each counted --corrected-weight times. Raises `DataError`."
     from mctformer_nb.core import need
-    from mctformer_nb.deeplab import with_corrected
+    from mctformer_nb.interchange import with_corrected
     need(a.masks!='truth', '--corrected-weight', 'there are no pseudo masks beside the true ones', 'Leave it out')
     folder = Path(a.out)/'with_corrected'
     both = with_corrected(a.masks, ds, folder, a.corrected_weight)

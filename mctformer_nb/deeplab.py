@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'crop_view', 'random_view', 'mask_file', 'find_masks', 'Samples', 'read_pair', 'MaskedPhotos',
-           'with_corrected', 'segment_loaders', 'show_segment_batch', 'SegmentLoss', 'MeanIoU', 'PixelAccumulation',
-           'SegmentRecipe', 'segment_recipe', 'segment_learner', 'masks_fingerprint', 'segment_options',
-           'describe_training', 'train_segment', 'show_segment_results']
+           'segment_loaders', 'show_segment_batch', 'SegmentLoss', 'MeanIoU', 'PixelAccumulation', 'SegmentRecipe',
+           'segment_recipe', 'segment_learner', 'masks_fingerprint', 'segment_options', 'describe_training',
+           'train_segment', 'show_segment_results']
 
 # %% ../nbs/41_deeplab.ipynb #12fe05ce
-import hashlib, math, random, shutil, sys
+import hashlib, math, random, sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from .backbones import DenseBackbone
-from .core import DataError, atomic_path, need, overlay, save_mask
+from .core import DataError, need, overlay
 from .datasets import Dataset
 from .deeplab_net import DeepLab, LargeFOV, load_segment, predict_mask, save_segment, shorter_side
 from .deeplab_net import show_pictures
@@ -154,22 +154,6 @@ class MaskedPhotos(torch.utils.data.Dataset):
         if how.cache: self.memory[i] = image, mask
         if how.crop is None: return self.spec.normalise(rgb_tensor(image)), torch.from_numpy(mask)
         with seeded(self.seed, epoch, i): return random_view(image, mask, how.crop, how.scales, how.flip, self.spec)
-
-# %% ../nbs/41_deeplab.ipynb #c0rrecte
-def with_corrected(
-    masks:str|Path, # folder of pseudo masks, `<id>.png`
-    ds:Dataset, # photos, some of them with a mask of their own
-    out:str|Path, # folder to write: all masks, corrected ones in place of pseudo masks
-    weight:int=1, # how many times a corrected mask counts in an epoch
-) -> Dataset: # photos to train on, those with a corrected mask `weight` times
-    "Corrected and pseudo masks together. Raises `DataError` where there are no corrected ones."
-    own = {id: ds.mask(id) for id in ds.with_masks().ids} if ds.has_masks else {}
-    need(own, ds.name, f'has no mask of its own ({ds.split})', 'Bring corrected masks back with mct_import')
-    pseudo = [id for id in ds.ids if id not in own and mask_file(ds, masks, id).is_file()]
-    for id,m in own.items(): save_mask(Path(out)/f'{id}.png', m)
-    for id in pseudo:
-        with atomic_path(Path(out)/f'{id}.png') as p: shutil.copy2(mask_file(ds, masks, id), p)
-    return ds.subset([id for id in ds.ids if id in own or id in set(pseudo) for _ in range(weight if id in own else 1)])
 
 # %% ../nbs/41_deeplab.ipynb #cc421898
 def segment_loaders(
@@ -331,13 +315,13 @@ def segment_options(
     options:dict, # {name: value}
 ) -> tuple: # for `segment_loaders`, `segment_learner`, `DeepLab`; and what decides the result as plain values
     "The options of `train_segment` by the function that takes them. Raises `DataError` for an unknown one."
-    ours = 'valid seed device spec cbs num_classes name make'.split()
+    ours = 'valid seed device spec num_classes name make'.split()
     takers = Samples, segment_loaders, segment_learner, SegmentRecipe, DeepLab, DenseBackbone
     samples, load, learn, recipe, net, extra = split_options(options, *takers, given=ours)
     learn |= vars(segment_recipe(learn['optimizer'], **{k: options[k] for k in recipe if k in options}))
     net |= {k: options[k] for k in extra if k in options}                       # others keep the backbone's default
     load |= samples
-    no_result = ('workers', 'cache', 'make')                                    # 'make' is told by the optimizer
+    no_result = ('workers', 'cache', 'make', 'cbs')                              # 'make' is told by the optimizer
     settings = {k: plain(v) for k,v in {**load, **learn, **net}.items() if k not in no_result}
     return load, {k: v for k,v in learn.items() if k!='make'}, net, settings
 
@@ -366,17 +350,17 @@ def train_segment(
     pretrained:bool|str|Path=False, # weights of the backbone, see `DeepLab`
     seed:int=0, # of everything random
     device:str=None, # default CUDA if there is one
-    **options, # `Samples`, `SegmentRecipe`, `segment_loaders`, `segment_learner`, `DeepLab`, its backbone; fresh, log, cbs
+    **options, # of `Samples`, `SegmentRecipe`, `segment_learner` (cbs), `DeepLab`, its backbone; fresh, log
 ) -> Path: # the run folder
     "Train a DeepLab into a run folder, or go on with the run that is there. Raises `DataError`."
-    cbs, run = options.pop('cbs', None) or (), dict(log=partial(print, flush=True)) | {k: options.pop(k) for k in ('fresh', 'log') if k in options}
+    run = dict(log=partial(print, flush=True)) | {k: options.pop(k) for k in ('fresh', 'log') if k in options}
     (load, learning, net, settings), learners = segment_options(options | dict(pretrained=pretrained)), []
     settings |= dict(data=masks_fingerprint(ds, masks), valid=valid and masks_fingerprint(valid))
     def make(start): # weights of the backbone are fetched only at the start
         model = DeepLab(len(ds.classes), **net | ({} if start else dict(pretrained=False)))
         dls = segment_loaders(masks, ds, valid, **load, seed=seed, device=local_device(device), spec=model.input_spec)
         for line in [] if rank() else describe_training(dls, model): run['log'](f'{out}: {line}')
-        learners.append(segment_learner(dls, model, cbs=cbs, **learning))
+        learners.append(segment_learner(dls, model, **learning))
         return learners[-1]
     def save(model, folder, **config):
         save_segment(model, folder, **config, iou=valid and learners[-1].metrics[0].named(ds.classes))

@@ -348,7 +348,7 @@ def read_yolo(
         need(note, path, 'holds no data.yaml', 'Give the folder of a YOLO data set')
         values, folder = yolo_values(note, ds), note.parent/'labels'
         for f in progress(sorted(folder.rglob('*.txt')), 'yolo'):
-            name = f.relative_to(folder).with_suffix('').as_posix().partition('/')[2] or f.stem      # below train/, val/
+            name = f.relative_to(folder).with_suffix('').as_posix().partition('/')[2] or f.stem  # below train/, val/
             id = photo_of(ds, name, f)
             m = np.zeros(ds.size(id)[::-1], np.uint8)
             for i,line in read_lines(f):
@@ -393,6 +393,7 @@ class Form:
     read:Callable=None # (path, ds) -> iterator of (id, mask)
     how:str='' # what to do with the file, a sentence or two
 
+# %% ../nbs/70_hand_over.ipynb #5588777f
 FORMS = dict(
     cvat=Form(write_cvat, read_cvat, 'Make a task with the photos and the labels of labels.json (tab Raw), then upload '
               'annotations.zip as "Segmentation mask 1.1"; export the task in the same form'),
@@ -401,7 +402,7 @@ FORMS = dict(
     coco=Form(write_coco, read_coco, 'Import instances.json as COCO instances'),
     yolo=Form(write_yolo, read_yolo, 'Give data.yaml to the training'))
 
-# %% ../nbs/70_hand_over.ipynb #d8733a79
+# %% ../nbs/70_hand_over.ipynb #fc800795
 def export_masks(
     to:str, # key of `FORMS`
     masks:str|Path, # folder of `<id>.png`
@@ -414,7 +415,7 @@ def export_masks(
     need(ids, masks, f'holds no mask of the {len(ds)} photos of {ds.name} ({ds.split})', 'Check folder and split')
     return AttrDict(path=FORMS[to].write(masks, ds.subset(ids), out), ids=ids, how=FORMS[to].how)
 
-# %% ../nbs/70_hand_over.ipynb #35efe9e5
+# %% ../nbs/70_hand_over.ipynb #fe2652ea
 def import_masks(
     form:str, # key of `FORMS`
     path:str|Path, # file or folder that the tool exported

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['mask_to_rle', 'run_lengths', 'rle_to_mask', 'export_coco', 'id_of_file', 'region_of', 'read_coco_masks',
-           'import_coco', 'export_maps', 'save_grey_maps', 'read_maps', 'import_maps', 'read_reference_seed',
-           'import_reference_seeds', 'save_pretrained', 'check_config', 'from_pretrained', 'push_to_hub']
+           'import_coco', 'with_corrected', 'export_maps', 'save_grey_maps', 'read_maps', 'import_maps',
+           'read_reference_seed', 'import_reference_seeds', 'model_card', 'save_pretrained', 'check_config',
+           'from_pretrained', 'push_to_hub']
 
 # %% ../nbs/45_interchange.ipynb #312d44d8
-import re
+import re, shutil
 from collections.abc import Iterator
 from pathlib import Path
-import numpy as np
+import numpy as np, yaml
 from PIL import Image
 from .coco import check_outline
 from .core import DataError, atomic_path, need, open_mask, progress, read_json, save_mask, write_json
 from .datasets import Dataset
+from .deeplab import mask_file
 from .mctformer import load_run, save_run
 from .photos import PHOTO_SUFFIXES, noted, safe_name
 from .pickles import read_array_dict
@@ -135,7 +137,8 @@ def region_of(
         except (ValueError, TypeError) as e:
             raise DataError('outline', f'is not one ({e})', 'Correct it, or delete the annotation') from None
     region = rle_to_mask(seg)
-    need(region.shape==tuple(size), 'RLE', f'is a region of {region.shape}, not of its image size {size}', 'Export again')
+    problem = f'is a region of {region.shape}, not of its image size {size}'
+    need(region.shape==tuple(size), 'RLE', problem, 'Export it again')
     return region
 
 # %% ../nbs/45_interchange.ipynb #c0c0a3ec
@@ -164,6 +167,22 @@ def import_coco(
     masks = dict(read_coco_masks(path, {c: v for v,c in enumerate(classes, 1)}))
     for name,m in masks.items(): save_mask(Path(out)/f'{name}.png', m)
     return len(masks)
+
+# %% ../nbs/45_interchange.ipynb #c0rrecte
+def with_corrected(
+    masks:str|Path, # folder of pseudo masks, `<id>.png`
+    ds:Dataset, # photos, some of them with a mask of their own
+    out:str|Path, # folder to write: all masks, corrected ones in place of pseudo masks
+    weight:int=1, # how many times a corrected mask counts in an epoch
+) -> Dataset: # photos to train on, those with a corrected mask `weight` times
+    "Corrected and pseudo masks together. Raises `DataError` where there are no corrected ones."
+    own = {id: ds.mask(id) for id in ds.with_masks().ids} if ds.has_masks else {}
+    need(own, ds.name, f'has no mask of its own ({ds.split})', 'Bring corrected masks back with mct_import')
+    pseudo = [id for id in ds.ids if id not in own and mask_file(ds, masks, id).is_file()]
+    for id,m in own.items(): save_mask(Path(out)/f'{id}.png', m)
+    for id in pseudo:
+        with atomic_path(Path(out)/f'{id}.png') as p: shutil.copy2(mask_file(ds, masks, id), p)
+    return ds.subset([id for id in ds.ids if id in own or id in set(pseudo) for _ in range(weight if id in own else 1)])
 
 # %% ../nbs/45_interchange.ipynb #4ce8343f
 def export_maps(
@@ -269,28 +288,40 @@ def import_reference_seeds(
             save_seed(Path(out)/f'{id}.npz', list(found), np.stack(list(found.values())))
     return dict(written=len(ids)-len(bad), bad=bad)
 
+# %% ../nbs/45_interchange.ipynb #384ad3d0
+def model_card(
+    cfg:dict, # configuration of a run
+    licence:str='other', # of the weights, an identifier of the hub such as 'apache-2.0'
+    about:str=None, # a sentence or two: what it is for, whose photos it has seen
+) -> str: # Markdown, with the hub's fields in front
+    "The page that the hub shows of a model: what it is, its training data, scores, licence, and how to load it"
+    names = dict(map_cls='mAP of the class tokens (%)', map_patch='mAP of the patches (%)', miou='mIoU (%)',
+                 valid_loss='validation loss')
+    scores = {names.get(k, k): v for k,v in (cfg.get('metrics') or {}).items() if isinstance(v, (int, float))}
+    front = yaml.safe_dump(dict(library_name='mctformer_nb', license=licence, pipeline_tag='image-segmentation',
+                                tags=['weakly-supervised-segmentation', 'mctformer']), sort_keys=False)
+    what = f"MCTformer-{str(cfg['variant']).upper()} on {cfg['backbone']}"
+    data = (cfg.get('train') or {}).get('data', 'not noted')
+    lines = ['---', front.strip(), '---', f'# {what}', *([about] if about else []),
+             f"Localization maps from image-level labels. Classes: {', '.join(map(str, cfg['classes']))}.",
+             f'Trained on: {data}; only the labels of its photos were used.',
+             '| score | |\n|---|---:|\n' + '\n'.join(f'| {k} | {v:.4g} |' for k,v in scores.items()) if scores
+             else 'Scores were not measured.', f'Licence of the weights: {licence}.',
+             "```python\nfrom mctformer_nb.interchange import from_pretrained\n"
+             "model, config = from_pretrained('FOLDER_OR_OWNER/NAME')\n```"]
+    return '\n'.join(lines[:3]) + '\n' + '\n\n'.join(lines[3:]) + '\n'
+
 # %% ../nbs/45_interchange.ipynb #384ad3df
-_CARD = '''---
-library_name: mctformer_nb
-tags: [weakly-supervised-segmentation, mctformer]
----
-# MCTformer-{v} on {backbone}
-
-Localization maps from image-level labels. Classes: {classes}.
-
-    from mctformer_nb.interchange import from_pretrained
-    model, config = from_pretrained('FOLDER_OR_OWNER/NAME')
-'''
-
 def save_pretrained(
     run:str|Path|tuple, # run folder, or (model, class names)
     folder:str|Path, # to write: config.json, model.safetensors, README.md
+    licence:str='other', # of the weights, see `model_card`
+    about:str=None, # a sentence or two for the card
 ) -> Path: # the folder
     "A run in the layout of the Hugging Face hub, without what belongs to training. Raises `DataError`."
     model, cfg = load_run(run) if isinstance(run, (str, Path)) else (run[0], dict(classes=list(run[1])))
     keep = {k: cfg[k] for k in ('classes', 'image_size') if k in cfg}
-    cfg = save_run(model, folder, library_name='mctformer_nb', **keep)
-    card = _CARD.format(v=cfg['variant'].upper(), backbone=cfg['backbone'], classes=', '.join(map(str, cfg['classes'])))
+    card = model_card(cfg | save_run(model, folder, library_name='mctformer_nb', **keep), licence, about)
     with atomic_path(Path(folder)/'README.md') as p: p.write_text(card, encoding='utf-8')
     return Path(folder)
 

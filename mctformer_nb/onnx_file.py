@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import AttrDict
 from torch import Tensor, nn
-from .attention import check_request, evaluating, localize
+from .attention import localize
 from .core import DataError, atomic_path, need
 from .deeplab_net import DeepLab
 from .predict import classifier_settings, load_network
@@ -26,7 +26,7 @@ class PhotoNet(nn.Module):
     ):
         super().__init__()
         self.net, self.spec = net.eval(), input_spec(net)
-    def view(self, photos): return self.spec.normalise(photos.permute(0, 3, 1, 2).float()/255)     # (B,H,W,3) -> (B,3,H,W)
+    def view(self, photos): return self.spec.normalise(photos.permute(0, 3, 1, 2).float()/255) # (B,H,W,3) -> (B,3,H,W)
 
 # %% ../nbs/47_onnx_file.ipynb #ac45d6ce
 class PhotoMasks(PhotoNet):

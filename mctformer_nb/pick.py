@@ -42,7 +42,8 @@ def unsure_share(
 ) -> float: # in [0,1]
     "Pixels where the two best scores are a tie, as a share of foreground and tied pixels"
     if not len(maps): return 0.                                           # no label: all background
-    scores = np.sort(np.concatenate([np.full((1, *maps.shape[1:]), background), maps.astype(np.float32)]), 0)  # (k+1,H,W)
+    rows = [np.full((1, *maps.shape[1:]), background), maps.astype(np.float32)]
+    scores = np.sort(np.concatenate(rows), 0)                              # (k+1,H,W)
     tie = scores[-1]-scores[-2] < margin
     return float(tie.sum()/max(1, (tie | (maps.max(0, initial=0)>background)).sum()))
 
@@ -62,8 +63,8 @@ def photo_doubt(
     rows = [0, *(c+1 for c in labels)]
     conf = confusion(rough, np.where(mask==255, 0, mask), n)
     agree = iou_fp_fn(conf, rows)['miou']/100
-    return Doubt(id, labels, len(lost)/max(1, len(labels)), unsure_share(maps, background), 1-float(np.nan_to_num(agree)),
-                 tuple(ds.classes[c] for c in lost))
+    missing, moved = len(lost)/max(1, len(labels)), 1-float(np.nan_to_num(agree))
+    return Doubt(id, labels, missing, unsure_share(maps, background), moved, tuple(ds.classes[c] for c in lost))
 
 # %% ../nbs/71_pick.ipynb #ed4bf958
 def find_doubts(
@@ -77,7 +78,8 @@ def find_doubts(
     there = {id: f for id,f in files.items() if all(p.is_file() for p in f)}
     need(there, masks, f'and {seeds} hold no mask and seed of the same photo of {ds.name} ({ds.split})',
          'Give the folders of mct_seeds and mct_masks')
-    found = [photo_doubt(ds, id, load_seed(s), open_mask(m), background) for id,(s,m) in progress(there.items(), 'doubts')]
+    pairs = progress(there.items(), 'doubts')
+    found = [photo_doubt(ds, id, load_seed(s), open_mask(m), background) for id,(s,m) in pairs]
     return sorted(found, key=lambda d: (-d.total, d.id))
 
 # %% ../nbs/71_pick.ipynb #ecb92cbd

@@ -153,7 +153,7 @@ def test_ten_of_eight_corrected(folder, ds, truth, tmp_path, form, monkeypatch, 
     argv = [str(file), '--from', form, '--pseudo', 'photos/pseudo', *common, '--json', 'r.json']
     assert cli_tools.mct_import(argv) == 0
     assert [p.name for p in Path('photos/masks').iterdir()] == ['p3.png'] and np.array_equal(open_mask('photos/masks/p3.png'), fixed)
-    said = capsys.readouterr().out; assert '1 mask' in said and 'next: mct_score' in said and read_json('r.json')['written']==['p3']
+    said = capsys.readouterr().out; assert '1 mask' in said and 'next: mct_segment_train --corrected-weight 5' in said and 'next: mct_score --corrected' in said and read_json('r.json')['written']==['p3']
     assert np.array_equal(get_dataset('folder:photos', 'all').mask('p3'), fixed)
     save_mask('photos/masks/p3.png', truth['p3'])
     assert cli_tools.mct_import(argv) == 1 and 'another mask' in capsys.readouterr().err
