@@ -336,10 +336,11 @@ def labels_fingerprint(
 # %% ../nbs/30_affinitynet.ipynb #cb82a007
 @dataclass
 class RunOptions:
-    "How a training runs; nothing here changes its result"
+    "How a training runs; nothing here changes its result, unless a callback does"
     device:str=None # default CUDA if there is one
     fresh:bool=False # throw away what is in the folder
     log:Callable=partial(print, flush=True) # receives one line per epoch
+    cbs:tuple=() # more callbacks of fastai
 
 # %% ../nbs/30_affinitynet.ipynb #09a56fcc
 def affinity_options(
@@ -376,7 +377,7 @@ def train_affinity(
         dls = affinity_loaders(ds, labels, seed, local_device(run.device), model.input_spec, **load)
         held, size = len(getattr(dls.valid, 'dataset', ())), sum(p.numel() for p in model.parameters())/1e6
         log(f"{out}: {settings['data']}, {held} held out; {size:.1f} M parameters on {dls.device}")
-        return affinity_learner(dls, model, **fit)
+        return affinity_learner(dls, model, **fit).add_cbs(run.cbs or ())
     noted = dict(classes=list(ds.classes), crop=load['crop'], train=settings | dict(epochs=epochs, seed=seed))
     return fit_run(out, epochs, settings, make, save_affinity, noted, seed=seed, fresh=run.fresh, log=run.log)
 

@@ -153,6 +153,16 @@ def subset(self:Dataset,
     "Only these images"
     return replace(self, ids=[self.id_of(i) for i in ids], dropped=0, bad=[])
 
+# %% ../nbs/02_datasets.ipynb #1e2186e5
+@patch
+def with_masks(self:Dataset
+)->Dataset: # the same data set, perhaps with fewer images
+    "Only the images that have a mask, such as those that somebody corrected; one that cannot be read stays"
+    def there(id):
+        try: return self.mask(id) is not None
+        except DataError: return True                       # whoever needs it tells what is wrong with it
+    return self.subset([id for id in self.ids if there(id)])
+
 # %% ../nbs/02_datasets.ipynb #1e2186e4
 @patch
 def readable(self:Dataset

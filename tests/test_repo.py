@@ -62,7 +62,7 @@ def test_imports_point_backwards(nb):
         assert not wrong, f'imports {wrong}, which this or a later notebook exports'
 
 STDLIB = set(sys.stdlib_module_names)
-DISTS = dict(PIL='pillow', sklearn='scikit-learn', skimage='scikit-image', pydensecrf='pydensecrf2', mpl_toolkits='matplotlib', dateutil='python-dateutil')
+DISTS = dict(PIL='pillow', cv2='opencv-python-headless', yaml='pyyaml', sklearn='scikit-learn', skimage='scikit-image', pydensecrf='pydensecrf2', mpl_toolkits='matplotlib', dateutil='python-dateutil')
 
 def requirement_names(extras=True):
     text = ' '.join(v for k,v in CFG.items() if k=='requirements' or extras and k.endswith('_requirements') and k!='dev_requirements')
@@ -189,7 +189,7 @@ def has_module_class(nb, tree):
 
 # Functions that hold a stage's read, compute and write side by side, and tables of options; lines they have: may shrink, not grow.
 LONGER = dict(pooled_features=28, train_frozen=42, seed_settings=35, extract_kinds=42, photo_cells=26, train_cells=33, self_trained_seeds=44,
-              mct_train=27, SEED_ARGS=42, mct_seeds=37, mct_score=30, mct_segment_train=29, mct_masks=40)
+              mct_train=27, SEED_ARGS=42, mct_seeds=37, mct_score=30, mct_masks=40)
 
 @each_module
 def test_exported_cells(nb):
