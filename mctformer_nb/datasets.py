@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Dataset', 'compare_masks', 'read_scene', 'mini_dataset', 'voc_dataset', 'mask_colours', 'coco_dataset', 'find_labels',
-           'read_split', 'folder_masks', 'folder_dataset', 'get_dataset']
+           'read_split', 'folder_masks', 'folder_dataset', 'later_room', 'get_dataset']
 
 # %% ../nbs/02_datasets.ipynb #6560a628
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Callable
 import numpy as np
 from fastcore.basics import patch
@@ -428,18 +430,26 @@ def warn_of_order(self:Dataset,
         self.notes.append(f'warning: {e}')
         warnings.warn(str(e), stacklevel=4)
 
+# %% ../nbs/02_datasets.ipynb #adccad7e
+def later_room(
+    name:str, # of a module
+)->ModuleType:
+    "A module for very large data, which stands apart from the story of the paper: loaded when it is asked for"
+    return import_module(f'mctformer_nb.{name}')
+
 # %% ../nbs/02_datasets.ipynb #87f87953
 def get_dataset(
-    spec:str|Dataset, # 'voc:PATH' | 'coco:PATH' | 'folder:PATH' | 'mini'; a Dataset is passed through
+    spec:str|Dataset, # 'voc:PATH' | 'coco:PATH' | 'folder:PATH' | 'manifest:FILE' | 'mini'; a Dataset is passed through
     split:str='train', # part of the data
     on_bad:str='raise', # what cannot be used: 'raise', or 'skip' it and note it in `bad`
     **kw, # arguments of that kind of data set
 )->Dataset: # never empty
     "The data set that `spec` names; `DataError` if there is none"
     if isinstance(spec, Dataset): return spec
-    kinds = dict(voc=voc_dataset, coco=coco_dataset, folder=folder_dataset)
     kind,_,path = str(spec).partition(':')
-    guess = 'Use voc:PATH, coco:PATH, folder:PATH or mini'
+    kinds = dict(voc=voc_dataset, coco=coco_dataset, folder=folder_dataset)
+    if kind=='manifest': kinds['manifest'] = later_room('manifest').manifest_dataset
+    guess = 'Use voc:PATH, coco:PATH, folder:PATH, manifest:FILE or mini'
     if Path(str(spec)).exists(): guess = f'For your own photos write folder:{spec}'
     need(kind=='mini' or kind in kinds, spec, 'is not a data set', guess)
     need(kind=='mini' or path, spec, 'the path is missing', f'Write {kind}:PATH')
