@@ -308,12 +308,13 @@ def find_results(
     ds:'Dataset', # their photos
 ) -> str: # 'seeds' or 'masks'
     "What is in a folder, by the files that belong to `ds`. Raises `DataError`."
+    from mctformer_nb.artifacts import has_seed
     from mctformer_nb.core import need
     folder = Path(folder)
     need(folder.is_dir(), folder, 'there is no such folder',
          'Give the folder that mct_seeds wrote, or one of mask PNGs')
-    found = {k: sum((folder/f'{id}{ext}').is_file() for id in ds.ids) for k,
-             ext in (('seeds', '.npz'), ('masks', '.png'))}
+    found = dict(seeds=sum(has_seed(folder, id) for id in ds.ids),
+                 masks=sum((folder/f'{id}.png').is_file() for id in ds.ids))
     need(any(found.values()), folder,
          f'has neither <id>.npz nor <id>.png for any of the {len(ds)} images of {ds.name} {ds.split}',
          'Check --pred and --split')

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 import numpy as np
 from fastcore.basics import AttrDict
+from .artifacts import has_seed
+from .compact import compact_seed
 from .core import DataError, need, open_mask, progress, read_arrays, write_json
 
 # %% ../nbs/23_scores.ipynb #a6277c2c
@@ -172,7 +174,8 @@ def read_seed(
     path:str|Path, # .npz file
 ) -> tuple:        # classes (k,), maps (k,H,W)
     "Arrays of a seed file; `DataError` for everything that is not one"
-    return tuple(read_arrays(path, ('classes', 'maps'), 'seed', 'mct_seeds'))
+    small = None if Path(path).is_file() else compact_seed(path)
+    return tuple(small or read_arrays(path, ('classes', 'maps'), 'seed', 'mct_seeds'))
 
 # %% ../nbs/23_scores.ipynb #35717bf1
 def _find_files(folder, ds, suffix, skip_missing):
@@ -181,7 +184,10 @@ def _find_files(folder, ds, suffix, skip_missing):
     where = 'predictions' if there else Path(folder)
     need(there or where.is_dir(), where, 'no such folder', f'Give the folder that holds the {what}')
     need(hasattr(ds, 'ids'), where, 'needs a data set with ids and masks', 'Pass a Dataset as ds')
-    def look(id): return folder.get(id) if there else path if (path := where/f'{id}{suffix}').is_file() else None
+    def look(id):
+        if there: return folder.get(id)
+        path = where/f'{id}{suffix}'
+        return path if (has_seed(where, id) if suffix=='.npz' else path.is_file()) else None
     found = {i: p for i,id in enumerate(ds.ids) if (p := look(id)) is not None}
     lost, of = [id for i,id in enumerate(ds.ids) if i not in found], f'of {len(ds.ids)} {"images" if there else what}'
     need(found, where, f'has none {of} of the data set', 'Check folder and split')
