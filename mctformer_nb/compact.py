@@ -63,11 +63,11 @@ def unpack(
 # %% ../nbs/03a_compact.ipynb #06afb008
 INDEX = '_shards.json'  # the note in a folder of such files
 
-# %% ../nbs/03a_compact.ipynb #9c4a2f4d
+# %% ../nbs/03a_compact.ipynb #101b3882
 def save_compact(
     path:str|Path, # shard-00012.npz
     found:list, # (id, classes (k,), [maps (k,h,w), one a scale], (H,W) of the photo), in the order of the rows
-    bad:list=(), # (id, problem) of photos that could not be used
+    report:dict=None, # how the shard went: written, empty, bad
     form:str='uint8', # of the numbers
 ):
     "Seeds of many photos as one file, atomically"
@@ -81,19 +81,19 @@ def save_compact(
         grids=np.array(grids, np.int32).reshape(-1, 2),                                        # (sum of scales,2): h,w
         ends=join([e.ravel() for s in packed for _,e in s], np.float32, (-1, 2)),
         values=join([m.ravel() for s in packed for m,_ in s], form, -1),
-        names=np.frombuffer(json.dumps([[id for id,*_ in found], list(map(list, bad))]).encode(), np.uint8))
+        names=np.frombuffer(json.dumps([[id for id,*_ in found], report or {}]).encode(), np.uint8))
     with atomic_path(path) as p, open(p, 'wb') as f: np.savez_compressed(f, **arrays)
 
-# %% ../nbs/03a_compact.ipynb #07c63e4b
+# %% ../nbs/03a_compact.ipynb #0637d7d2
 class Shard:
-    "The seeds in one file: `shard[id]`, `shard.ids`, `shard.bad`"
+    "The seeds in one file: `shard[id]`, `shard.ids`, `shard.report`"
     def __init__(self,
         path:str|Path, # file of `save_compact`
     ):
         keys = 'classes', 'counts', 'sizes', 'grids', 'ends', 'values', 'names'
         self.path, arrays = Path(path), read_arrays(path, keys, 'shard of seeds', 'mct_seeds')
         self.classes, self.counts, self.sizes, self.grids, self.ends, self.values, names = arrays
-        try: self.ids, self.bad = json.loads(names.tobytes())
+        try: self.ids, self.report = json.loads(names.tobytes())
         except ValueError: raise DataError(path, 'has no readable list of names', 'Delete it and write it again') from None
         self.at = {id: i for i,id in enumerate(self.ids)}
         k, scales = self.counts.T.astype(np.int64)
