@@ -1,6 +1,6 @@
 """Very many photos: one file a photo against shards, from the list of files to the score.
 
-    python benchmarks/scale.py [--photos 100000] [--old 5000] [--shard-size 2000] [--threads 1] [--json results/scale.json]
+    python benchmarks/scale.py [--parts quality both all] [--photos 100000] [--old 5000] [--shard-size 2000] [--threads 1] [--json results/scale.json]
 
 Small drawn photos with masks, many copies of a few scenes, each a file of its own; a tiny network with random weights, so that what is left is the cost of everything else. `before` lists a folder,
 opens every header, writes a seed at photo size for every photo and reads them all to score them. `after` makes a manifest, and each shard keeps its maps at the patch grid and counts its
@@ -53,7 +53,7 @@ def trained():
 
 def quality(a, report, root):
     "What few bits change: scenes of `mini` that were not trained on, one and two scales"
-    ds, model, wide = get_dataset('mini', 'val', n=8 if a.quick else 200, size=96), trained(), dict(kind='patchcam')
+    ds, model, wide = get_dataset('mini', 'val', n=8 if a.quick else a.scenes, size=96), trained(), dict(kind='patchcam')
     for scales in ((1.,), (1., 1.5)):
         name = f'{len(scales)} scale{"s"*(len(scales)>1)}'; extract_seeds(model, ds, root/f'q{name}', scales=scales, device='cpu', **wide); plain = sweep_threshold(root/f'q{name}', ds)
         for form in ('uint8', 'float16'):
@@ -106,14 +106,17 @@ def main(a):
     if a.quick: a.photos, a.old, a.shard_size = 60, 40, 20
     report = Report('benchmark: scale', a, f'drawn photos of {SIDE} x {SIDE} pixels, {SCENES} scenes, tiny network')
     with tempfile.TemporaryDirectory() as d:
-        root = Path(d); quality(a, report, root)
-        spec = draw(root, a.old, 'old_photos'); s = before(a, report, spec, a.old); data = after(a, report, spec, a.old, root, s)
-        files = [workers(a, report, data, a.old, root, w) for w in (1, 2)]; assert files[0]==files[1]                     # byte for byte
-        if a.photos>a.old: after(a, report, draw(root, a.photos, 'all_photos'), a.photos, root)
+        root = Path(d)
+        if 'quality' in a.parts: quality(a, report, root)
+        if 'both' in a.parts:
+            spec = draw(root, a.old, 'old_photos'); s = before(a, report, spec, a.old); data = after(a, report, spec, a.old, root, s)
+            files = [workers(a, report, data, a.old, root, w) for w in (1, 2)]; assert files[0]==files[1]                     # byte for byte
+        if 'all' in a.parts: after(a, report, draw(root, a.photos, 'all_photos'), a.photos, root)
     report.save()
 
 if __name__ == '__main__':
     if sys.argv[1:2]==['--worker']: worker(*sys.argv[2:]); sys.exit()
     p = parser(__doc__, 1); A = p.add_argument
-    A('--photos', type=int, default=100_000); A('--old', type=int, default=5000, help='of these, in both ways'); A('--shard-size', type=int, default=2000)
+    A('--photos', type=int, default=100_000); A('--old', type=int, default=5000, help='of these, in both ways'); A('--shard-size', type=int, default=2000); A('--scenes', type=int, default=200, help='of mini, for the quality')
+    A('--parts', nargs='+', default=['quality', 'both', 'all'], choices=['quality', 'both', 'all'])
     main(p.parse_args())
