@@ -134,8 +134,9 @@ class CompactSeeds:
     def __len__(self): return len(self.where)
     def __contains__(self, id): return id in self.where
     def shard(self, path):
-        if path not in self.opened: self.opened = dict([*list(self.opened.items())[-1:], (path, Shard(path))])
-        return self.opened[path]
+        found, others = self.opened.get(path) or Shard(path), [(p, s) for p,s in self.opened.items() if p!=path]
+        self.opened = dict([*others[-1:], (path, found)])                         # threads may ask at the same time
+        return found
     def __getitem__(self, id):
         "classes (k,), maps float16 (k,H,W) in [0,1], as in a seed file"
         need(id in self.where, self.folder, f'holds no seed of {id!r}', 'Write it with mct_seeds')

@@ -129,7 +129,8 @@ def write_tars(
 )->list: # paths of the files
     "A data set as WebDataset tar files; nothing is left behind by a run that fails"
     writer = need_extra('webdataset', 'scale').ShardWriter
-    folder = Path(folder)
+    folder, there = Path(folder), sorted(Path(folder).glob(f'{ds.split}-*.tar'))
+    need(not there, folder, f'holds {len(there)} tar files of {ds.split}', 'Delete them, or choose another folder')
     with temporary_folder(folder) as hidden:
         with writer(f'{hidden}/{ds.split}-%06d.tar', maxcount=per_tar, encoder=False, verbose=0, mtime=0) as out:
             for id in progress(ds.ids, 'tar files'): out.write(tar_sample(ds, id))
