@@ -210,7 +210,7 @@ def data_args(
 ) -> list: # of `arg`
     "--data, --split, --device, --seed"
     out = [arg('--data', required=required, metavar='KIND:PATH',
-               help='voc:PATH (VOC2012 folder), coco:PATH, folder:PATH (images/ and labels.csv), or mini (drawn)'),
+               help='voc:PATH (VOC2012 folder), coco:PATH, folder:PATH (images/ and labels.csv), manifest:FILE, mini'),
            arg('--split', default=split, help=f'part of the data, VOC: train | trainaug | val (default: {split})')]
     return out + device_args() if device else out
 

@@ -9,7 +9,7 @@ __all__ = ['map_losses', 'show_map', 'plot_top_losses', 'head_maps', 'plot_layer
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image
-from .artifacts import load_seed
+from .artifacts import has_seed, load_seed
 from .attention import evaluating, minmax, num_prefix
 from .core import need, new_figure, overlay, progress
 from .datasets import Dataset
@@ -27,7 +27,7 @@ def map_losses(
     "How badly the maps of each photo fit. Raises `DataError` if no photo has a seed."
     found = {}
     for id in progress(ds.ids, 'losses'):
-        if not (Path(seeds)/f'{id}.npz').is_file(): continue
+        if not has_seed(seeds, id): continue
         classes, maps = load_seed(Path(seeds)/f'{id}.npz')
         if ds.has_masks and (truth := ds.mask(id)) is not None:
             counts = confusion(seed_to_mask(classes, maps, threshold), truth, len(ds.classes)+1)

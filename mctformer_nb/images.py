@@ -7,7 +7,7 @@ __all__ = ['voc_palette', 'photo_formats', 'load_image', 'scale_to_bytes', 'to_r
            'colours_to_indices', 'open_mask', 'save_mask']
 
 # %% ../nbs/002_images.ipynb #24e2b0dc
-import os, warnings
+import io, os, warnings
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,13 +35,13 @@ def photo_formats() -> tuple: # names that PIL gives them
     return ('JPEG','PNG','BMP','GIF','TIFF','WEBP','PPM', *(f for f,there in more.items() if there))
 
 # %% ../nbs/002_images.ipynb #06d629ac
-def _why(path, e):
+def _why(path, e, data=None):
     "(problem, fix) behind an exception `e` of PIL"
     fix = 'Copy or download it again, or take its id off the list'
     if os.path.isdir(path): return 'is a folder, not an image', 'Give the path of one file'
     if isinstance(e, FileNotFoundError): return 'there is no such file', 'Check the name and the folder'
     if isinstance(e, PermissionError): return 'may not be read', 'Change its permissions'
-    with open(path, 'rb') as f: head = f.read(132)
+    with io.BytesIO(data) if data is not None else open(path, 'rb') as f: head = f.read(132)
     if not head: return 'the file is empty (0 bytes)', fix
     if isinstance(e, Image.DecompressionBombError):
         return f'too many pixels ({e})', 'Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it'
@@ -58,14 +58,15 @@ def _why(path, e):
 def load_image(
     path:str|Path, # image file
     decode:bool=True, # decode all pixels now, so that damage shows
+    data:bytes=None, # its content, where it is no file of its own; `path` is its name then
 )->Image.Image: # in its own mode, not turned
     "The image as the file holds it; `DataError` if it is not a readable image of a size that is safe to decode"
     limit = Image.MAX_IMAGE_PIXELS
     try:
-        im = Image.open(path, formats=photo_formats())
+        im = Image.open(path if data is None else io.BytesIO(data), formats=photo_formats())
         w,h = im.size
         if decode and w*h and not (limit and w*h>limit): im.load()
-    except Exception as e: raise DataError(path, *_why(path, e)) from None
+    except Exception as e: raise DataError(path, *_why(path, e, data)) from None
     need(w*h, path, f'the image is {w} x {h} pixels', 'Replace the file or take its id off the list')
     need(not limit or w*h<=limit, path, f'{w} x {h} is more than {limit} pixels',
          'Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it')
@@ -98,9 +99,10 @@ def to_rgb(
 # %% ../nbs/002_images.ipynb #3c511f5d
 def open_image(
     path:str|Path, # a photo: JPEG, PNG, BMP, GIF (first frame), TIFF, WebP, PPM, and what else `photo_formats` names
+    data:bytes=None, # its content, as in `load_image`
 )->Image.Image: # RGB, turned upright
     "A photo as RGB whatever its mode; a warning if it is almost constant, `DataError` if it is not a readable image"
-    im = load_image(path)
+    im = load_image(path, data=data)
     try: im = ImageOps.exif_transpose(im)
     except Exception: pass          # a damaged note about rotation does not make the photo unusable
     im = to_rgb(im)
@@ -122,9 +124,10 @@ def rotation_note(
 # %% ../nbs/002_images.ipynb #c4215997
 def image_size(
     path:str|Path, # a photo
+    data:bytes=None, # its content, as in `load_image`
 )->tuple[int,int]: # (width, height) of the upright photo
     "Size of a photo from its header; `DataError` if that cannot be read"
-    with load_image(path, decode=False) as im:
+    with load_image(path, decode=False, data=data) as im:
         return im.size[::-1] if rotation_note(im) in (5,6,7,8) else im.size     # these four turn by 90 degrees
 
 # %% ../nbs/002_images.ipynb #0786606e
@@ -176,9 +179,10 @@ def open_mask(
     path:str|Path, # palette or grey image of one channel, or the colours of VOC's palette
     size:tuple=None, # expected (H,W), e.g. of the photo
     colours:dict=None, # {(r,g,b): mask value}: read colours by this table
+    data:bytes=None, # its content, as in `load_image`
 )->np.ndarray: # uint8 (H,W): 0 background, index+1 of a class, 255 ignored
     "The indices of a mask file; `DataError` if it is unreadable, in unknown colours or of another size"
-    a = _mask_values(load_image(path), path, colours)
+    a = _mask_values(load_image(path, data=data), path, colours)
     need(a.ndim==2 and (a==np.round(a)).all() if a.dtype.kind=='f' else a.ndim==2, path,
          'holds fractions, not class indices', 'Save whole numbers')
     need(a.min()>=0 and a.max()<=255, path, f'values reach {a.max()}, a mask holds 0 to 255',

@@ -19,6 +19,7 @@ from .mctformer import load_run
 from .no_masks import map_quality
 from .core import need
 from .scores import confusion, iou_fp_fn, plot_sweep, score_masks, seed_to_mask, sweep_threshold
+from .artifacts import has_seed
 from .seeds import load_seed
 from .tables import Table
 
@@ -42,7 +43,7 @@ def find_predictions(
     run = Path(run)
     near = [run/'masks', run/'seeds'] + [run.parent/'masks']*(run_config(run).get('kind')=='affinitynet')
     for folder in [Path(pred)] if pred else near:
-        if any((folder/f'{id}{ext}').is_file() for id in ds.ids for ext in ('.npz', '.png')): return folder
+        if any(has_seed(folder, id) or (folder/f'{id}.png').is_file() for id in ds.ids): return folder
     problem = f'has no seeds or masks of the {len(ds)} images of {ds.name} {ds.split}'
     need(not pred, pred, problem, 'Check the folder and the split')
 
@@ -55,7 +56,7 @@ def predicted_mask(
     "Mask of an image from a folder of masks or of seeds"
     folder = Path(folder)
     if (folder/f'{id}.png').is_file(): return open_mask(folder/f'{id}.png')
-    if (folder/f'{id}.npz').is_file(): return seed_to_mask(*load_seed(folder/f'{id}.npz'), threshold)
+    if has_seed(folder, id): return seed_to_mask(*load_seed(folder/f'{id}.npz'), threshold)
 
 # %% ../nbs/55_report.ipynb #64ce612b
 def image_scores(
@@ -183,7 +184,7 @@ def add_scores(
     folder:Path, # of seeds or masks
 ) -> AttrDict: # miou, threshold (None for masks), result of `sweep_threshold` or `score_masks`
     "Scores, what makes them doubtful, threshold curve, and every class"
-    seeds = any((folder/f'{id}.npz').is_file() for id in ds.ids)
+    seeds = any(has_seed(folder, id) for id in ds.ids)
     res = (sweep_threshold if seeds else score_masks)(folder, ds, skip_missing=True)
     t = res.best_threshold if seeds else None
     fp, fn = (np.asarray(res[k])[res.thresholds==t][0] if seeds else res[k] for k in ('fp', 'fn'))
@@ -228,7 +229,7 @@ def _add_masks(page, run, ds, folder, n, ask):
     page.figure(plot_examples(ds, folder, ids), 'Photos and predicted masks',
                 'There is no ground truth to compare with. Seeds are cut at 0.4.')
     config = run_config(run)
-    if not ask or 'variant' not in config or not (folder/f'{ids[0]}.npz').is_file(): return
+    if not ask or 'variant' not in config or not has_seed(folder, ids[0]): return
     quality = map_quality(load_run(run)[0], ds, folder, ask, config.get('image_size'))
     page.cards([(k+' (%)', f'{quality[k]:.1f}') for k in ('deletion', 'insertion', 'road')])
     page.text('What the classifier says about its maps: deletion should be low, insertion and ROAD high. '

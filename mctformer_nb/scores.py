@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['confusion', 'iou_fp_fn', 'named_scores', 'seed_to_mask', 'count_bins', 'count_pixels', 'SweepCounts', 'read_seed',
-           'score_each', 'sweep_threshold', 'plot_sweep', 'fixed_threshold', 'score_masks', 'score_table',
-           'save_scores']
+           'score_each', 'sweep_result', 'sweep_threshold', 'plot_sweep', 'fixed_threshold', 'score_masks',
+           'score_table', 'save_scores']
 
 # %% ../nbs/23_scores.ipynb #549d687d
 from collections.abc import Iterable
 from pathlib import Path
 import numpy as np
 from fastcore.basics import AttrDict
+from .artifacts import has_seed
+from .compact import compact_seed
 from .core import DataError, need, open_mask, progress, read_arrays, write_json
 
 # %% ../nbs/23_scores.ipynb #a6277c2c
@@ -172,7 +174,8 @@ def read_seed(
     path:str|Path, # .npz file
 ) -> tuple:        # classes (k,), maps (k,H,W)
     "Arrays of a seed file; `DataError` for everything that is not one"
-    return tuple(read_arrays(path, ('classes', 'maps'), 'seed', 'mct_seeds'))
+    small = None if Path(path).is_file() else compact_seed(path)
+    return tuple(small or read_arrays(path, ('classes', 'maps'), 'seed', 'mct_seeds'))
 
 # %% ../nbs/23_scores.ipynb #35717bf1
 def _find_files(folder, ds, suffix, skip_missing):
@@ -181,7 +184,10 @@ def _find_files(folder, ds, suffix, skip_missing):
     where = 'predictions' if there else Path(folder)
     need(there or where.is_dir(), where, 'no such folder', f'Give the folder that holds the {what}')
     need(hasattr(ds, 'ids'), where, 'needs a data set with ids and masks', 'Pass a Dataset as ds')
-    def look(id): return folder.get(id) if there else path if (path := where/f'{id}{suffix}').is_file() else None
+    def look(id):
+        if there: return folder.get(id)
+        path = where/f'{id}{suffix}'
+        return path if (has_seed(where, id) if suffix=='.npz' else path.is_file()) else None
     found = {i: p for i,id in enumerate(ds.ids) if (p := look(id)) is not None}
     lost, of = [id for i,id in enumerate(ds.ids) if i not in found], f'of {len(ds.ids)} {"images" if there else what}'
     need(found, where, f'has none {of} of the data set', 'Check folder and split')
@@ -235,6 +241,23 @@ def _notes(conf, notes):
         lines.append(f'{text} ({shown}): {cure}')
     return dict(n_images=notes.n_images, missing=notes.missing, bad=notes.bad, warnings=lines)
 
+# %% ../nbs/23_scores.ipynb #7536c72d
+def sweep_result(
+    counts:SweepCounts,       # of all images
+    ds:object,                # `Dataset`, or the foreground names
+    notes:dict,               # n_images, missing, bad, unnamed: see `score_each`
+    classes:list|None=None,   # names: means (and the best threshold) over background + these only
+    absent:str='exclude',     # classes that never occur: see `iou_fp_fn`
+) -> AttrDict: # what `sweep_threshold` returns
+    "Scores at every threshold from counts, and those of the best, in percent"
+    (_, keep), ts, confs = _named(ds, classes), counts.thresholds, counts.confusions()           # (T,n,n)
+    r = iou_fp_fn(confs, keep, absent)
+    best = int(np.nan_to_num(r['miou'], nan=-1).argmax())                      # the first of equals
+    at = named_scores(confs[best], ds, classes, absent)
+    curves = dict(thresholds=ts, miou=r['miou'], fp=r['fp'], fn=r['fn'])
+    best = dict(best_threshold=float(ts[best]), best_miou=at.miou)
+    return AttrDict(at | curves | best | _notes(confs.sum(0), notes))
+
 # %% ../nbs/23_scores.ipynb #ec9af561
 def sweep_threshold(
     seeds:str|Path|dict|Iterable,            # folder of `<id>.npz`, or iterable: classes (k,), maps (k,H,W), mask (H,W)
@@ -245,19 +268,13 @@ def sweep_threshold(
     absent:str='exclude',                    # classes that never occur: see `iou_fp_fn`
 ) -> AttrDict: # thresholds, miou, fp, fn (T,); best_threshold, best_miou, per_class, confusion at the best; warnings
     "Score seeds at every threshold in one pass over pixels, in percent. `DataError` names the file that does not fit"
-    (names, keep), ts = _named(ds, classes), np.asarray(thresholds, dtype=np.float64).ravel()
+    (names, _), ts = _named(ds, classes), np.asarray(thresholds, dtype=np.float64).ravel()
     rising = len(ts) and np.isfinite(ts).all() and (np.diff(ts)>0).all()
     need(rising, 'thresholds', 'not increasing numbers', 'Sort them and drop repeats')
     counts = SweepCounts(len(names)+1, ts)
     items = seeds if isinstance(seeds, (str, Path, dict)) else (((c, m), y) for c,m,y in seeds)
     notes = score_each(items, ds, '.npz', read_seed, counts.add, skip_missing)
-    confs = counts.confusions()                                                # (T,n,n)
-    r = iou_fp_fn(confs, keep, absent)
-    best = int(np.nan_to_num(r['miou'], nan=-1).argmax())                      # the first of equals
-    at = named_scores(confs[best], ds, classes, absent)
-    curves = dict(thresholds=ts, miou=r['miou'], fp=r['fp'], fn=r['fn'])
-    best = dict(best_threshold=float(ts[best]), best_miou=at.miou)
-    return AttrDict(at | curves | best | _notes(confs.sum(0), notes))
+    return sweep_result(counts, ds, notes, classes, absent)
 
 # %% ../nbs/23_scores.ipynb #f0598f9b
 def plot_sweep(

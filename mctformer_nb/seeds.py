@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['plan_batches', 'batch_maps', 'maps_to_photo', 'compete_maps', 'finish_maps', 'predict_classes', 'SeedOptions',
-           'seed_options', 'seed_settings', 'photo_affinity', 'extract_kinds', 'extract_seeds', 'show_seeds']
+           'seed_options', 'seed_settings', 'photo_affinity', 'SeedNet', 'seed_net', 'write_seed', 'extract_kinds',
+           'extract_seeds', 'show_seeds']
 
 # %% ../nbs/22_seeds.ipynb #353dbe4d
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
-from fastcore.basics import AttrDict
-from .artifacts import is_complete, load_seed, save_seed
+from fastcore.basics import AttrDict, patch
+from .artifacts import has_seed, load_seed, save_seed
 from .affinity import refine_by
 from .attention import check_request, evaluating, minmax
 from .core import describe_error, need, progress
@@ -169,6 +172,77 @@ def photo_affinity(
     A = patch_affinity(vit, x, other.layers, other.norm, other.power)[0]
     return A, (x.shape[-2]//patch, x.shape[-1]//patch)
 
+# %% ../nbs/22_seeds.ipynb #09475deb
+@dataclass
+class SeedNet:
+    "A network and what is asked of it: `read` and `compute` of seeds"
+    net:torch.nn.Module # in evaluation mode, on its device
+    kinds:list # of maps: dicts of kind, layers, refine, rule of `localize`
+    views:Views # of a photo
+    how:SeedOptions # the rest
+    patch:int # patch size
+    spec:object # `InputSpec` of the network
+    device:torch.device # where it is
+
+# %% ../nbs/22_seeds.ipynb #f4215c9a
+@patch
+def read(self:SeedNet,
+    ds:'Dataset', # photos
+    id:str, # of one
+) -> AttrDict: # x: views, one a scale (1 or 2,3,h,w); own: what the other network sees; size (H,W); classes
+    "A photo as the network wants it. Raises `DataError` if it is not of the size that was planned with."
+    image, size, other = ds.image(id), ds.size(id), self.how.affinity
+    x, planned = photo_views(image, self.patch, self.views, self.spec), view_sizes(size, self.patch, self.views)
+    need(all(v.shape[-2:] == s for v,s in zip(x, planned)), id,
+         f'the photo is {image.size}, its header or manifest says {size}', 'Save it, or make the manifest, again')
+    return AttrDict(x=x, own=other and other.view(image), size=image.size[::-1],
+                    classes=ds.labels(id) if self.how.labels=='given' else None)
+
+# %% ../nbs/22_seeds.ipynb #e386293f
+@patch
+def compute(self:SeedNet,
+    photos:list, # from `read`, views of the same sizes
+) -> list: # a photo: for each kind (classes (k,), [maps (k,h,w), one a scale], size (H,W))
+    "Maps of the classes of each photo, at the patch grid"
+    x = [torch.stack(v).to(self.device) for v in zip(*(p.x for p in photos))]  # one a scale: (B,1 or 2,3,h,w)
+    given, other = self.how.labels=='given', self.how.affinity
+    classes = [p.classes for p in photos] if given else predict_classes(self.net, x[0][:, 0], self.how.label_threshold)
+    every = sorted({int(c) for cs in classes for c in cs})
+    none = [[x[0].new_zeros(len(photos), 0, 1, 1)] for _ in self.kinds]
+    maps = batch_maps(self.net, x, every, self.kinds) if every else none
+    rows = [[every.index(c) for c in cs] for cs in classes]
+    def finish(j, scales, p):
+        mine = [m[j, rows[j]] for m in scales]                                            # (B,k,h,w) -> (k_j,h,w)
+        if not len(classes[j]) or not (other or self.how.compete): return mine
+        return finish_maps(mine, self.how.compete, *(photo_affinity(other, p.own.to(self.device)) if other else ()))
+    return [[(classes[j], finish(j, scales, p), p.size) for scales in maps] for j,p in enumerate(photos)]
+
+# %% ../nbs/22_seeds.ipynb #48225c1b
+@contextmanager
+def seed_net(
+    model:torch.nn.Module, # `MCTformer` or a baseline
+    ds:'Dataset', # images and their labels
+    wanted:list, # kinds of maps: dicts of kind, layers, refine, rule of `extract_seeds`
+    options:dict, # of `Views` and `SeedOptions`
+): # yields `SeedNet` and for each kind what decides its files, see `seed_settings`
+    "The network ready for work while the block runs. Raises `DataError` for what cannot be."
+    views, how = seed_options(options)
+    settings = [seed_settings(model, ds, maps, views, how) for maps in wanted]
+    kinds = [{k: s[k] for k in ('kind', 'layers', 'refine', 'rule')} for s in settings]
+    device = torch.device(local_device(how.device))
+    with evaluating(model.to(device)), at_precision(model, how.precision) as net:
+        yield SeedNet(net, kinds, views, how, model.patch_size, input_spec(model), device), settings
+
+# %% ../nbs/22_seeds.ipynb #aec13d1f
+def write_seed(
+    path:str|Path, # file to write
+    found:tuple, # classes (k,), [maps (k,h,w), one a scale], (H,W): of `SeedNet.compute`
+) -> int: # number of classes
+    "Write one seed, at the size of the photo"
+    classes, maps, size = found
+    save_seed(path, classes, maps_to_photo(maps, size))
+    return len(classes)
+
 # %% ../nbs/22_seeds.ipynb #6adbc90a
 def extract_kinds(
     model:torch.nn.Module, # `MCTformer` or a baseline, moved to the device
@@ -178,39 +252,11 @@ def extract_kinds(
 ) -> dict: # {folder: what `extract_seeds` reports}
     "Seeds of several kinds of maps from one pass over the photos. Raises `DataError` as `extract_seeds` does."
     need(wanted, 'seeds', 'no kind of map is wanted', 'Give at least one folder')
-    views, how = seed_options(options)
-    outs = [Output(f, seed_settings(model, ds, maps, views, how), '_seeds.json', what='seeds') for f,
-            maps in wanted.items()]
-    kinds, other = [{k: out.settings[k] for k in ('kind', 'layers', 'refine', 'rule')} for out in outs], how.affinity
-    patch, spec, device = model.patch_size, input_spec(model), torch.device(local_device(how.device))
-    batches, bad = plan_batches(ds, patch, views, max(1, how.batch_size))
-    def read(id):
-        image = ds.image(id)
-        x, planned = photo_views(image, patch, views, spec), view_sizes(ds.size(id), patch, views)
-        need(all(v.shape[-2:] == s for v,s in zip(x, planned)), id,
-             f'the photo is {image.size}, its header says otherwise', 'Save it again')
-        # (1,3,h,w)
-        own = other and other.view(image)
-        return AttrDict(x=x, own=own, size=image.size[::-1], classes=ds.labels(id) if how.labels=='given' else None)
-    def compute(photos):
-        x = [torch.stack(v).to(device) for v in zip(*(p.x for p in photos))]  # one a scale: (B,1 or 2,3,h,w)
-        classes = [p.classes for p in photos] if how.labels=='given' else predict_classes(net, x[0][:, 0],
-                how.label_threshold)
-        every = sorted({int(c) for cs in classes for c in cs})
-        maps = batch_maps(net, x, every, kinds) if every else [[x[0].new_zeros(len(photos), 0, 1, 1)] for _ in kinds]
-        rows = [[every.index(c) for c in cs] for cs in classes]
-        def finish(j, scales, p):
-            mine = [m[j, rows[j]] for m in scales]                                            # (B,k,h,w) -> (k_j,h,w)
-            if not len(classes[j]) or not (other or how.compete): return mine
-            return finish_maps(mine, how.compete, *(photo_affinity(other, p.own.to(device)) if other else ()))
-        return [[(classes[j], finish(j, scales, p), p.size) for scales in maps] for j,p in enumerate(photos)]
-    def write(path, found):
-        classes, maps, size = found
-        save_seed(path, classes, maps_to_photo(maps, size))
-        return len(classes)
-    work = Work(batches, how.workers, overwrite=how.overwrite, bad=bad, desc='seeds')
-    with evaluating(model.to(device)), at_precision(model, how.precision) as net:
-        reports = run_stage(outs, ds.ids, read, write, compute, work)
+    with seed_net(model, ds, list(wanted.values()), options) as (net, settings):
+        outs = [Output(f, s, '_seeds.json', what='seeds') for f,s in zip(wanted, settings)]
+        batches, bad = plan_batches(ds, net.patch, net.views, max(1, net.how.batch_size))
+        work = Work(batches, net.how.workers, overwrite=net.how.overwrite, bad=bad, desc='seeds')
+        reports = run_stage(outs, ds.ids, partial(net.read, ds), write_seed, net.compute, work)
     return {str(folder): r for folder,r in zip(wanted, reports)}
 
 # %% ../nbs/22_seeds.ipynb #9f17f3e9
@@ -238,7 +284,7 @@ def show_seeds(
 ): # matplotlib figure
     "One row a photo: the photo, then the map of each of its classes over it"
     import matplotlib.pyplot as plt                       # only here: writing seeds does not need it
-    ids = list(ids) if ids is not None else [i for i in ds.ids if is_complete(Path(folder)/f'{i}.npz')][:n]
+    ids = list(ids) if ids is not None else [i for i in ds.ids if has_seed(folder, i)][:n]
     need(ids, folder, f'holds no seed of {ds.name}', 'Write them with mct_seeds, or check split and folder')
     seeds = [load_seed(Path(folder)/f'{i}.npz') for i in ids]
     cols = 1 + max(1, *(len(c) for c,_ in seeds))
