@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FROZEN_RECIPE', 'RECIPE', 'TRAIN_ARGS', 'FINE_ARGS', 'SEED_ARGS', 'SCORE_ARGS', 'mct_demo', 'mct_prepare_voc',
-           'quick_recipe', 'default_recipe', 'fill_recipe', 'report_training', 'train_without_training', 'mct_train',
-           'check_classes', 'affinity_network', 'mct_seeds', 'find_results', 'mct_score', 'mct_report', 'mct_info',
-           'class_list', 'mct_convert']
+           'quick_recipe', 'default_recipe', 'fill_recipe', 'report_training', 'train_without_training', 'follow_run',
+           'mct_train', 'check_classes', 'affinity_network', 'mct_seeds', 'find_results', 'split_to_train', 'mct_score',
+           'mct_report', 'mct_info', 'class_list', 'mct_convert']
 
 # %% ../nbs/60_cli.ipynb #c7d817f5
 import argparse, shlex
@@ -167,6 +167,20 @@ def train_without_training(
     report_training(a)
     hint(a, 'mct_seeds', run=a.out, data=a.data, split=a.split)
 
+# %% ../nbs/60_cli.ipynb #f0110412
+def follow_run(
+    a:argparse.Namespace, # parsed arguments of `mct_train`, changed in place
+):
+    "Variant, backbone and image size of the run that is trained further, where others are not given"
+    file = Path(a.pretrained)/'config.json' if isinstance(a.pretrained, str) else None
+    if not file or not file.is_file(): return
+    from mctformer_nb.core import need, read_json
+    cfg = read_json(file)
+    known = isinstance(cfg, dict) and cfg.get('variant') not in (None, 'frozen')
+    need(known, a.pretrained, 'is no run that can be trained further', 'Give one of mct_train with a --variant')
+    for k in ('variant', 'backbone', 'image_size'):
+        if getattr(a, k) is None: setattr(a, k, cfg.get(k))
+
 # %% ../nbs/60_cli.ipynb #febd9f25
 @command('mct_train --data voc:VOCdevkit/VOC2012 --split trainaug --out runs/v2',
          'mct_train --data folder:my_photos --valid-split val --pretrained deit_small.pth --epochs 30 --out runs/mine',
@@ -179,6 +193,7 @@ def mct_train(a):
     import mctformer_nb.baselines                         # adds its variants
     if a.variant=='cam' and not a.backbone: a.backbone = 'resnet50'
     a.recipe = a.recipe or default_recipe(a)
+    follow_run(a)
     if a.recipe=='frozen': return train_without_training(a, device)
     a.variant = a.variant or 'v2'
     fill_recipe(a, 'train',
@@ -216,6 +231,8 @@ SEED_ARGS = [
     arg('--run', required=True, metavar='RUN', help='run folder of mct_train or mct_convert'),
     arg('--out', metavar='DIR',
         help='folder of seed files, several splits may share it: --split train,val (default: RUN/seeds)'),
+    arg('--recipe', choices=['reference'],
+        help='photos as the published run takes them: --fit cut --longest 0 (all else is as published by default)'),
     arg('--kind', choices=['attn', 'patchcam', 'fused', 'tscam', 'tscam*', 'cam', 'logits'],
         help='which map (default: fused for V2, attn for V1 and vit, tscam and cam for those)'),
     arg('--layers', type=layer_count, default=3, metavar='K', help='last layers to fuse, a number or all (default: 3)'),
@@ -227,9 +244,9 @@ SEED_ARGS = [
     arg('--no-flip', action='store_true', help='leave out the mirror images'),
     arg('--image-size', type=number(int, 1, 4096), metavar='N',
         help="shorter side in pixels at scale 1 (default: the photo's own)"),
-    arg('--longest', type=number(int, 0), default=1024, metavar='N',
+    arg('--longest', type=number(int, 0), metavar='N',
         help='longer side to which larger photos are reduced, 0: never (default: 1024)'),
-    arg('--fit', choices=['round', 'cut', 'square'], default='round',
+    arg('--fit', choices=['round', 'cut', 'square'],
         help='to whole patches: resize to the nearest, or cut off the rest as the reference does (default: round)'),
     arg('--batch-size', type=number(int, 1), default=8, help='photos a batch (default: 8)'),
     arg('--labels', choices=['given', 'predicted'], default='given',
@@ -282,6 +299,9 @@ def mct_seeds(a):
     for ds in data: check_classes(config, ds, a.run)
     set_seed(a.seed)
     other, frozen = affinity_network(a), config['variant']=='frozen' and not (a.kind or a.no_self_train)
+    published = dict(fit='cut', longest=0) if a.recipe else dict(fit='round', longest=1024)
+    for k,v in published.items():
+        if getattr(a, k) is None: setattr(a, k, v)
     same = 'kind layers rule scales batch_size image_size fit labels label_threshold precision compete'
     options = {k: getattr(a, k) for k in same.split()} | dict(refine=not a.no_refine, flip=not a.no_flip,
                                                               longest=a.longest or None)
@@ -332,6 +352,20 @@ SCORE_ARGS = [
         help='score what is there although files or ground-truth masks are missing or unreadable; they are listed'),
     arg('--figure', metavar='FILE', help='draw the sweep (seeds only)')]
 
+# %% ../nbs/60_cli.ipynb #5p117t0t
+def split_to_train(
+    data:str, # KIND:PATH
+    split:str, # that was scored
+    folder:str|Path, # of seeds
+) -> str: # 'trainaug' where `train` of VOC was scored and all of trainaug has seeds, else the split itself
+    "What comes after the score trains on all photos that have seeds"
+    from mctformer_nb.core import DataError
+    from mctformer_nb.datasets import get_dataset
+    if split!='train' or not data.startswith('voc:'): return split
+    try: more = get_dataset(data, 'trainaug', on_bad='skip').ids
+    except DataError: return split                               # there is no such list
+    return 'trainaug' if all((Path(folder)/f'{id}.npz').is_file() for id in more) else split
+
 # %% ../nbs/60_cli.ipynb #ffb744d4
 @command('mct_score --pred runs/v2/seeds --data voc:VOCdevkit/VOC2012 --split train',
          'mct_score --pred masks --data mini --split val --json scores.json',
@@ -357,7 +391,7 @@ def mct_score(a):
     trained = note.is_file() and read_json(note).get('kind')=='self-trained'
     if sweep and trained: hint(a, 'mct_masks', seeds=a.pred, data=a.data, split=a.split,
                                out=Path(a.pred).parent/'masks')
-    elif sweep: hint(a, 'mct_crf_labels', seeds=a.pred, data=a.data, split=a.split)
+    elif sweep: hint(a, 'mct_crf_labels', seeds=a.pred, data=a.data, split=split_to_train(a.data, a.split, a.pred))
     if a.figure:
         import matplotlib
         matplotlib.use('Agg')
@@ -424,6 +458,9 @@ def mct_convert(a):
     a.out = a.out or Path('runs')/Path(a.reference).stem
     free = a.overwrite or not (Path(a.out)/'model.safetensors').exists()
     need(free, a.out, 'holds a model already', 'Choose another folder, or pass --overwrite')
+    own = Path(a.reference).name=='model.safetensors' and Path(a.reference).with_name('config.json').is_file()
+    need(not own, a.reference, 'belongs to a run of this package, which needs no conversion',
+         f'Use it as it is: --run {Path(a.reference).parent}')
     model = load_reference(a.reference)
     n = model.num_classes
     names = class_list(a.classes) if a.classes else VOC_CLASSES if n==20 else [f'class {i}' for i in range(n)]

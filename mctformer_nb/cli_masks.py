@@ -7,7 +7,7 @@ __all__ = ['INFER_ARGS', 'report_stage', 'stage_args', 'mct_crf_labels', 'fit_ar
            'mct_segment_train', 'mct_masks', 'infer_options', 'mct_segment', 'mct_predict']
 
 # %% ../nbs/61_cli_masks.ipynb #b68c750d
-import argparse
+import argparse, shlex
 from pathlib import Path
 from .cli import RECIPE, fill_recipe, report_training
 from .command import (arg, check_device, comma_list, command, data_args, device_args, elapsed, hint,
@@ -191,6 +191,9 @@ def mct_masks(a):
         how |= dict(workers, workers=a.workers or 4, device=check_device(a.device))
         r = make_masks(a.seeds, load_affinity(a.affinity)[0], ds, a.out, **given, **how)
     status = report_stage(a, r, 'masks', ds)
+    if ds.has_masks:
+        judged = 'train' if a.split=='trainaug' else a.split       # the paper scores them on `train`
+        print(f'score: mct_score --pred {shlex.quote(str(a.out))} --data {shlex.quote(a.data)} --split {judged}')
     if not status: hint(a, 'mct_segment_train', masks=a.out, data=a.data, split=a.split)
     return status
 
