@@ -26,8 +26,10 @@ def affinity_vit(
     "A pretrained ViT whose patch attention serves as affinity. Raises `DataError` if it or its weights cannot be had"
     try: vit = build_vit(name, True if weights is None else weights, drop_path=0., dynamic_img_size=True)
     except DataError as e:
-        fix = 'Give a plain ViT of timm, and where there is no network its weight file (weights=, --affinity-weights)'
-        raise DataError(f'affinity network {name}', str(e).split('. Without')[0].rstrip('.'), fix) from e
+        problem, found, _ = str(e).partition('. Without')
+        if not found: raise
+        fix = 'Where there is no network, give its weight file (weights=, --affinity-weights)'
+        raise DataError(f'affinity network {name}', problem, fix) from e
     vit.input_spec = input_spec(vit)
     return vit.eval().requires_grad_(False)
 

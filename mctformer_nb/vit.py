@@ -50,9 +50,9 @@ def check_vit(
     name:str='', # its name, for the message
 ) -> VisionTransformer: # the same model
     "Return `vit` if MCTformer can be built on it, else raise a `DataError` that names all reasons."
-    problems = vit_problems(vit)
-    need(not problems, f'backbone {name or type(vit).__name__}', '; '.join(problems),
-         'Use a plain timm ViT such as deit_small_patch16_224 or vit_small_patch14_dinov2')
+    problems, fix = vit_problems(vit), 'Use a plain timm ViT such as deit_small_patch16_224 or vit_small_patch14_dinov2'
+    if not hasattr(vit, 'blocks'): fix += '; a CNN can be trained as the baseline cam (--variant cam)'
+    need(not problems, f'backbone {name or type(vit).__name__}', '; '.join(problems), fix)
     return vit
 
 # %% ../nbs/10_vit.ipynb #c9032cc4

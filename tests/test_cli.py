@@ -219,6 +219,16 @@ def test_recipes(monkeypatch, gpu):
         assert frozen.epochs == 7 and frozen.lr_mult and Path(frozen.pretrained).is_file() and frozen.backbone == Path(frozen.pretrained).stem
         assert not made('voc:x', stage, recipe='frozen', backbone='resnet18', pretrained='w.pth').lr_mult               # made for another network
 
+@pytest.mark.parametrize('stage', ['affinity', 'segment'])
+def test_recipe_for_a_laptop_fits_its_network(stage):
+    "Factors for layers whose norms are frozen, hence without parameters"
+    from mctformer_nb.affinitynet import AffinityNet
+    from mctformer_nb.deeplab_net import DeepLab
+    from mctformer_nb.learner import param_groups
+    r = cli.FROZEN_RECIPE[stage]; net = AffinityNet(r['backbone']) if stage=='affinity' else DeepLab(3, r['backbone'], width=8, output_stride=r['output_stride'])
+    groups = param_groups(net, lr_mult=r['lr_mult']); still = {n.split('.')[2] for n,p in net.named_parameters() if not p.requires_grad and n.startswith('backbone.net')}
+    assert {'conv_stem', 'blocks'}<=still and sum(len(g['params']) for g in groups)==sum(p.requires_grad for p in net.parameters())
+
 def test_reader_that_leaves(here, root):
     "`| head -1` ends the command without a message"
     code = 'import sys; from mctformer_nb import cli; sys.exit(cli.mct_info(["--variant", "v1"]))'

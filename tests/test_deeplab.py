@@ -1,5 +1,6 @@
 "Segmentation runs survive being killed, take photos of any size, and refuse what cannot be right"
 import errno, os, signal, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
@@ -77,7 +78,7 @@ def test_learns_and_predicts_at_photo_size(data, undisturbed):
 def test_other_masks_are_refused(data, undisturbed, tmp_path):
     with pytest.raises(DataError, match='weight_decay was 0.0, now 0.1'): train(data, undisturbed, weight_decay=.1)
     ds = get_dataset(f'folder:{data}', 'all')
-    for id in ds.ids: save_mask(tmp_path/f'{id}.png', np.zeros(ds.size(id)[::-1], np.uint8))
+    for id in ds.ids: save_mask(tmp_path/f'{id}.png', np.ones(ds.size(id)[::-1], np.uint8))
     with pytest.raises(DataError, match='data was .*13 images.*now .*14 images'): train(data, undisturbed, masks=tmp_path)
 
 @pytest.mark.parametrize('mask, problem', [(np.zeros((9, 9), np.uint8), 'the mask is 9 x 9, its photo 56 x 40'), (np.full((40, 56), 2, np.uint8), 'holds mask value 2, but there are 1 classes')])
@@ -96,11 +97,29 @@ def test_broken_photo_and_no_masks(tmp_path):
     photo = data/'images/p04.png'; photo.write_bytes(photo.read_bytes()[:200])
     with pytest.raises(DataError, match='p04.png: cannot be decoded'): train(data, tmp_path/'a', epochs=1, valid=None)
 
-def test_masks_of_nothing_but_ignored(data, tmp_path):
+def test_masks_without_any_class_are_refused(data, tmp_path):
+    "Loss 0.0000 and a network that finds nothing, from pseudo masks or true ones, in training or in validation"
     ds = get_dataset(f'folder:{data}', 'all')
-    for id in ds.ids: save_mask(tmp_path/f'masks/{id}.png', np.full(ds.size(id)[::-1], 255, np.uint8))
+    for value in (0, 255):
+        for id in ds.ids: save_mask(tmp_path/f'{value}/{id}.png', np.full(ds.size(id)[::-1], value, np.uint8))
+        with pytest.raises(DataError, match=f'{value} .all.: no class has a pixel in any of 14 masks'): train(data, tmp_path/'run', tmp_path/f'{value}', valid=None)
+    blank = replace(ds, get_mask=lambda id, size: np.zeros(size, np.uint8))
+    for masks,d,v in ((None, blank, None), (data/'masks', ds, blank)):
+        with pytest.raises(DataError, match='no class has a pixel'): train_segment(masks, d, tmp_path/'run', v, device='cpu')
+    assert not (tmp_path/'run').exists()
+
+def test_masks_of_nothing_but_ignored_give_no_nan(data, tmp_path):
+    ds = get_dataset(f'folder:{data}', 'all')
+    for i,id in enumerate(ds.ids): save_mask(tmp_path/f'masks/{id}.png', np.full(ds.size(id)[::-1], 255 if i else 1, np.uint8))
     run = train(data, tmp_path/'run', tmp_path/'masks', epochs=1, valid=None)
-    assert all(v.isfinite().all() for v in load_segment(run)[0].state_dict().values()) and pd.read_csv(run/'history.csv').train_loss[0]==0
+    assert all(v.isfinite().all() for v in load_segment(run)[0].state_dict().values()) and np.isfinite(pd.read_csv(run/'history.csv').train_loss[0])
+
+def test_masks_in_another_order_than_the_classes_are_refused(data, tmp_path):
+    "True masks contradict the image labels: the network would find the wrong things; without labels nothing contradicts"
+    mini = get_dataset('mini', n=24, size=48); turned = replace(mini, classes=mini.classes[::-1], get_labels=lambda id: 7-mini.labels(id), _known={})
+    with pytest.raises(DataError, match='contradict each other'): train_segment(None, turned, tmp_path/'run', device='cpu')
+    unlabelled = replace(turned, get_labels=lambda id: (), mentioned=set(), _known={}); said = []
+    train_segment(None, unlabelled, tmp_path/'run', epochs=1, backbone='test_efficientnet', width=8, dilation=1, crop=32, device='cpu', log=said.append); assert 'masks 24 of 24: beetle in' in '\n'.join(said)
 
 def test_failing_disk_leaves_the_old_files(tmp_path, monkeypatch):
     net = DeepLab(2, 'test_efficientnet', width=4, dilation=1); save_segment(net, tmp_path, ['a', 'b'])

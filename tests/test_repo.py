@@ -327,3 +327,12 @@ def test_markers_are_the_notebook_flags(pytestconfig):
 def test_console_scripts(script):
     name, target = script.split('='); mod, func = target.split(':')
     assert name==func and callable(getattr(importlib.import_module(mod), func))
+
+def test_tests_named_on_the_page_of_real_inputs_exist():
+    "Every row of its tables names a test, and each of them is there"
+    text = '\n'.join(c['source'] for nb in NOTEBOOKS if repr(nb)=='real_inputs.ipynb' for c in nb.cells)
+    rows = [l for l in text.splitlines() if l.startswith('| ') and '| test |' not in l]; assert len(rows)>30
+    there = {f'{p.name}::{n.name}' for p in (ROOT/'tests').glob('test_*.py') for n in ast.parse(p.read_text(encoding='utf-8')).body if isinstance(n, ast.FunctionDef)}
+    for row in rows:
+        named = re.findall(r'`(test_\w+\.py::\w+)`', row.rsplit(' | ', 1)[1]); assert named, f'no test: {row}'
+        assert not (lost := set(named)-there), f'no such test: {lost}'

@@ -108,6 +108,15 @@ def test_bad_photos_are_listed_and_skipped(tmp_path):
     again = extract_seeds(make_model(), ds, tmp_path/'out', batch_size=4)        # they are tried again, and nothing else is computed
     assert (again.written, again.skipped, len(again.bad)) == (0, 6, 4)
 
+def test_large_photos_are_said(tmp_path, capfd):
+    "A camera's photo is seen smaller, which is said once, and shares a batch with fewer others; its map has its own size"
+    from mctformer_nb.seeds import plan_batches
+    ds = make_folder(tmp_path/'data', {f'{n}.png': noise((120, 90)) for n in 'abcd'})
+    assert extract_seeds(make_model(), ds, tmp_path/'out', longest=60, device='cpu').written == 4 and load_seed(tmp_path/'out/a.npz')[1].shape[1:] == (90, 120)
+    assert capfd.readouterr().out.count('photos of more than 60 pixels are seen smaller (--longest), the first is') == 1
+    extract_seeds(make_model(), ds, tmp_path/'whole', longest=None, device='cpu'); assert 'smaller' not in capfd.readouterr().out
+    assert [len(b) for b in plan_batches(ds, 8, batch_size=4, pixels=6000)[0]] == [2, 2]
+
 def test_unlabelled_images(tmp_path):
     make_folder(tmp_path/'data', {f'p{i}.png': noise((40, 24), i) for i in range(4)}, {'p1.png': ''})
     ds = get_dataset(f'folder:{tmp_path/"data"}')

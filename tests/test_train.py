@@ -112,5 +112,30 @@ def test_training_says_what_it_understood(tmp_path, capfd):
     prior = -np.log(.5) - .25*np.log(.25) - .75*np.log(.75)                         # V2's two losses: the entropies of 2 in 4 and of 1 in 4
     assert f'label frequencies {prior:.4f}' in first
 
+def test_a_run_is_the_start_of_the_next(tmp_path, monkeypatch, capfd):
+    "From the shell: variant, backbone and size are those of the run; at a rate of 0 its weights are left; other classes keep what has their name"
+    from mctformer_nb.cli import mct_train
+    ds = make_folder(tmp_path/'data', {0: 'across', 1: 'down', 2: '', 4: 'across'}); monkeypatch.chdir(tmp_path); how = '--batch-size 2 --epochs 1 --device cpu'.split()
+    first = train_classifier(ds, out='first', backbone='mct_tiny_patch8_96', pretrained=True, epochs=1, batch_size=2, image_size=24, variant='v1', lr=.01, device='cpu')
+    assert mct_train(['--data', 'folder:data', '--pretrained', 'first', '--lr', '0', '--out', 'more', *how])==0, capfd.readouterr().err
+    (a, ca), (b, cb) = load_run(first), load_run('more'); assert (cb['variant'], cb['backbone'], cb['image_size'])==('v1', 'mct_tiny_patch8_96', 24)
+    assert all(torch.equal(v, b.state_dict()[k]) for k,v in a.state_dict().items() if 'running' not in k and 'num_batches' not in k)
+    make_folder(tmp_path/'new', {0: 'down', 1: 'spots', 2: ''}); assert mct_train(['--data', 'folder:new', '--pretrained', 'first', '--lr', '0', '--out', 'other', *how])==0
+    token = load_run('other')[0].cls_token; assert torch.equal(token[:, 0], a.cls_token[:, 1]); torch.testing.assert_close(token[:, 1], a.cls_token.mean(1))
+    for said,argv in (('missing: head.bias', ['--variant', 'v2']), ('instead of', ['--backbone', 'deit_tiny_patch16_224'])):
+        assert mct_train(['--data', 'folder:data', '--pretrained', 'first', '--out', 'not', *argv, *how])==2 and said in capfd.readouterr().err
+    train_frozen = __import__('mctformer_nb.frozen').frozen.train_frozen; train_frozen(ds, out='frozen', backbone='resnet10t', pretrained=False, image_size=32, strength=1., device='cpu')
+    assert mct_train(['--data', 'folder:data', '--pretrained', 'frozen', *how])==2 and 'no run that can be trained further' in capfd.readouterr().err
+
+def test_what_trains_no_network_is_told_the_same(tmp_path):
+    "A photo without a line teaches nothing, one with an empty label is a negative, and both are said before the start"
+    from mctformer_nb.frozen import train_frozen
+    ds = make_folder(tmp_path/'data', {0: 'across', 1: 'down', 2: '', 4: 'across', 5: ''}); said = []
+    def head(ds, out): return load_run(train_frozen(ds, out=tmp_path/out, backbone='resnet10t', pretrained=False, image_size=32, strength=1., device='cpu', log=said.append))[0].head
+    torch.manual_seed(0); all_six = head(ds, 'six'); torch.manual_seed(0); known = head(ds.subset(['0', '1', '2', '4', '5']), 'five')
+    assert ds.understood in said[0] and 'negatives): 2' in said[0] and 'without a line in the table of labels: 1' in said[0]
+    torch.testing.assert_close(all_six.weight, known.weight); torch.testing.assert_close(all_six.bias, known.bias)
+    with pytest.raises(DataError, match='none of the 1 images has a label'): train_frozen(ds.subset(['3']), out=tmp_path/'none')
+
 if __name__=='__main__':
     out, name, times = sys.argv[1:]; die_at(name, int(times)); train(out)
