@@ -377,6 +377,7 @@ def train_affinity(
         dls = affinity_loaders(ds, labels, seed, local_device(run.device), model.input_spec, **load)
         held, size = len(getattr(dls.valid, 'dataset', ())), sum(p.numel() for p in model.parameters())/1e6
         log(f"{out}: {settings['data']}, {held} held out; {size:.1f} M parameters on {dls.device}")
+        if hasattr(ds, 'understood'): run.log(ds.understood)
         return affinity_learner(dls, model, **fit).add_cbs(run.cbs or ())
     noted = dict(classes=list(ds.classes), crop=load['crop'], train=settings | dict(epochs=epochs, seed=seed))
     return fit_run(out, epochs, settings, make, save_affinity, noted, seed=seed, fresh=run.fresh, log=run.log)

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Dataset', 'compare_masks', 'read_scene', 'mini_dataset', 'voc_dataset', 'mask_colours', 'coco_dataset', 'find_labels',
-           'read_split', 'folder_masks', 'folder_dataset', 'get_dataset']
+           'read_split', 'folder_masks', 'folder_dataset', 'later_room', 'get_dataset']
 
 # %% ../nbs/02_datasets.ipynb #6560a628
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Callable
 import numpy as np
 from fastcore.basics import patch
@@ -199,29 +201,33 @@ def show_batch(self:Dataset,
 def compare_masks(
     ds:Dataset, # with masks
     ids:list, # images to look at
+    bad:list=None, # for masks and labels that cannot be read, see `noted`
 )->tuple: # int (3,256): masks with a value, those with known labels, those with its label; masks; is 255 there?
     "How often masks hold a value, and how often the image labels name the class of that value"
     counts, seen, ignored = np.zeros((3, 256), int), 0, False
     for id in ids:
-        m = ds.mask(id)
-        if m is None: continue
+        m = labels = None
+        with noted(bad, id): m, labels = ds.mask(id), ds.labels(id) if ds.is_labelled(id) else ()
+        if m is None or labels is None: continue
         values = np.flatnonzero(np.bincount(m.ravel(), minlength=256))
         seen, ignored, values = seen+1, ignored or 255 in values, values[(values>0) & (values<255)]
         counts[0, values] += 1
-        if ds.is_labelled(id) and len(ds.labels(id)):
+        if len(labels):
             counts[1, values] += 1
-            counts[2, values[np.isin(values-1, ds.labels(id))]] += 1
+            counts[2, values[np.isin(values-1, labels)]] += 1
     return counts, seen, ignored
 
 # %% ../nbs/02_datasets.ipynb #7614cfa2
 @patch
 def check_masks(self:Dataset,
     n:int=None, # look at so many masks, evenly spread; default: all
+    on_bad:str='raise', # a mask that cannot be read: 'raise', or 'skip' it
+    fix:str='Draw the objects, or take another split', # what to do about masks without a class
 )->dict: # {class name: number of masks with it}
     "`DataError` if no class has a pixel in the masks, or if they contradict the image labels"
     ids = self.ids if n is None or n>=len(self) else [self.ids[i] for i in np.linspace(0, len(self)-1, n).astype(int)]
-    (shown, compared, agree), seen, ignored = compare_masks(self, ids)
-    where, fix = f'{self.name} ({self.split})', 'Draw the objects, or take another split'
+    (shown, compared, agree), seen, ignored = compare_masks(self, ids, [] if on_bad=='skip' else None)
+    where = f'{self.name} ({self.split})'
     if ignored: fix = 'Value 255 means "ignored" here: write 1 for the first class, 2 for the second'
     need(not seen or shown.any(), where,
          f'no class has a pixel in any of {seen} masks, so there is nothing to score or to train on', fix)
@@ -404,6 +410,8 @@ def folder_dataset(
     "Photos with image-level labels in any form that `find_labels` knows; `DataError` names file, line and fix"
     root, bad, notes = Path(path).expanduser(), _problems(on_bad), []
     need(root.is_dir(), root, 'there is no such folder', 'Give the folder that holds images/ and labels.csv')
+    inside = root.name=='images' and not (root/'images').is_dir()
+    need(not inside, root, 'holds no folder images/', f'Give the folder around it: folder:{root.parent}')
     photos = find_photos(root/'images', bad)
     index, names = PhotoIndex(photos, root/'images'), root/'classes.txt'
     labels = find_labels(root, index, read_class_names(names, notes) if names.is_file() else None, bad)
@@ -438,18 +446,26 @@ def warn_of_order(self:Dataset,
         self.notes.append(f'warning: {e}')
         warnings.warn(str(e), stacklevel=4)
 
+# %% ../nbs/02_datasets.ipynb #adccad7e
+def later_room(
+    name:str, # of a module
+)->ModuleType:
+    "A module for very large data, which stands apart from the story of the paper: loaded when it is asked for"
+    return import_module(f'mctformer_nb.{name}')
+
 # %% ../nbs/02_datasets.ipynb #87f87953
 def get_dataset(
-    spec:str|Dataset, # 'voc:PATH' | 'coco:PATH' | 'folder:PATH' | 'mini'; a Dataset is passed through
+    spec:str|Dataset, # 'voc:PATH' | 'coco:PATH' | 'folder:PATH' | 'manifest:FILE' | 'mini'; a Dataset is passed through
     split:str='train', # part of the data
     on_bad:str='raise', # what cannot be used: 'raise', or 'skip' it and note it in `bad`
     **kw, # arguments of that kind of data set
 )->Dataset: # never empty
     "The data set that `spec` names; `DataError` if there is none"
     if isinstance(spec, Dataset): return spec
-    kinds = dict(voc=voc_dataset, coco=coco_dataset, folder=folder_dataset)
     kind,_,path = str(spec).partition(':')
-    guess = 'Use voc:PATH, coco:PATH, folder:PATH or mini'
+    kinds = dict(voc=voc_dataset, coco=coco_dataset, folder=folder_dataset)
+    if kind=='manifest': kinds['manifest'] = later_room('manifest').manifest_dataset
+    guess = 'Use voc:PATH, coco:PATH, folder:PATH, manifest:FILE or mini'
     if Path(str(spec)).exists(): guess = f'For your own photos write folder:{spec}'
     need(kind=='mini' or kind in kinds, spec, 'is not a data set', guess)
     need(kind=='mini' or path, spec, 'the path is missing', f'Write {kind}:PATH')

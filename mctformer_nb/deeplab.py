@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'crop_view', 'random_view', 'mask_file', 'find_masks', 'Samples', 'read_pair', 'MaskedPhotos',
            'segment_loaders', 'show_segment_batch', 'SegmentLoss', 'MeanIoU', 'PixelAccumulation', 'SegmentRecipe',
            'segment_recipe', 'segment_learner', 'masks_fingerprint', 'segment_options', 'describe_training',
-           'train_segment', 'show_segment_results']
+           'look_at_masks', 'train_segment', 'show_segment_results']
 
 # %% ../nbs/41_deeplab.ipynb #12fe05ce
 import hashlib, math, random, sys
@@ -96,10 +96,12 @@ def find_masks(
     where = f'{ds.name} ({ds.split})' if truth else Path(masks)
     there = truth or where.is_dir()
     need(there, where, 'there is no such folder of masks', 'Write masks with mct_masks, or train on the ground truth')
-    files = {id: mask_file(ds, masks, id) for id in ds.ids}
-    have = [id for id,f in files.items() if (ds.has_masks if f is None else f.is_file())]
-    none = f'none of the {len(ds)} images of {ds.name} ({ds.split}) has a mask here'
-    need(have, where, none, 'Check folder and split')
+    files = [(id, mask_file(ds, masks, id)) for id in ds.ids]              # an image that is there twice counts twice
+    have = [id for id,f in files if (ds.has_masks if f is None else f.is_file())]
+    none = f'none of the {len(ds)} images of {ds.name} ({ds.split}) has a mask here, <id>.png'
+    fix = 'These are seeds: make masks of them with mct_masks' if not truth and any(where.glob('*.npz')) else 'Check it'
+    if truth: where, none, fix = ds.name, f'no image of the split {ds.split} has a mask', 'Give the folder of pseudo masks'
+    need(have, where, none, fix)
     return have, sorted(set(ds.ids)-set(have))
 
 # %% ../nbs/41_deeplab.ipynb #5ampl3s0
@@ -319,14 +321,14 @@ def segment_options(
     options:dict, # {name: value}
 ) -> tuple: # for `segment_loaders`, `segment_learner`, `segment_network`; and what decides the result as plain values
     "The options of `train_segment` by the function that takes them. Raises `DataError` for an unknown one."
-    ours = 'valid seed device spec cbs loss_func num_classes name make'.split()
+    ours = 'valid seed device spec loss_func num_classes name make'.split()
     network = decoder_network(options.get('decoder', 'fov'))
     takers = Samples, segment_loaders, segment_learner, SegmentRecipe, retraining_settings, network, DenseBackbone
     samples, load, learn, recipe, later, net, extra = split_options(options, *takers, given=ours)
     learn |= vars(segment_recipe(learn['optimizer'], **{k: options[k] for k in recipe if k in options}))
     net |= {k: options[k] for k in extra if k in options}                       # others keep the backbone's default
     load, later = load | samples, retraining_settings(**later)                  # nothing of a plain DeepLab
-    no_result = ('workers', 'cache', 'make')                                    # 'make' is told by the optimizer
+    no_result = ('workers', 'cache', 'make', 'cbs')                             # 'make' is told by the optimizer
     settings = {k: plain(v) for k,v in {**load, **learn, **net, **later}.items() if k not in no_result}
     learn = {k: v for k,v in learn.items() if k!='make'} | dict(loss_func=retraining_loss(later))
     return load, learn, net | dict(decoder=later.get('decoder', 'fov')), settings
@@ -346,6 +348,23 @@ def describe_training(
             *[f'dilation {d} reaches beyond the grid, only the middle taps of the head see features; about '
               f'{max(1, round(.3*grid))} would fit (--dilation)']*(d>=grid)]
 
+# %% ../nbs/41_deeplab.ipynb #c0un7ed0
+def look_at_masks(
+    ds:Dataset, # photos that have a mask
+    masks:str|Path=None, # see `find_masks`
+    on_bad:str='raise', # as in `Samples`
+    n:int=200, # most masks to look at
+) -> str: # a line for every thing to know
+    """In how many masks each class is, and how files were read. Raises `DataError` if no class has a pixel, or if masks
+    and image labels contradict each other."""
+    fix, given = 'Draw the objects, or take another split', masks not in (None, 'ground truth')
+    if given:
+        ds = replace(ds, name=str(masks), get_mask=partial(read_mask_file, Path(masks), len(ds.classes)))
+        fix = 'Look at some of them; if all is background, make them with a lower background score'
+    counts = ds.check_masks(n, on_bad, fix)
+    return '\n'.join([*ds.notes, f'masks {min(n, len(ds))} of {len(ds)}: '
+                                 + ', '.join(f'{c} in {k}' for c,k in counts.items())])
+
 # %% ../nbs/41_deeplab.ipynb #57ecb4fe
 def train_segment(
     masks:str|Path, # see `find_masks`; those of `ds` itself give the fully supervised upper bound
@@ -356,16 +375,18 @@ def train_segment(
     pretrained:bool|str|Path=False, # weights of the backbone, see `DeepLab`
     seed:int=0, # of everything random
     device:str=None, # default CUDA if there is one
-    **options, # `Samples`, `SegmentRecipe`, `segment_loaders`, `segment_learner`, `segment_network`, ...; fresh, log
+    **options, # `Samples`, `SegmentRecipe`, `segment_loaders`, `segment_learner` (cbs), `segment_network`; fresh, log
 ) -> Path: # the run folder
     "Train a segmentation network into a run folder, or go on with the run that is there. Raises `DataError`."
     run = dict(log=partial(print, flush=True)) | {k: options.pop(k) for k in ('fresh', 'log') if k in options}
     (load, learning, net, settings), learners = segment_options(options | dict(pretrained=pretrained)), []
     settings |= dict(data=masks_fingerprint(ds, masks), valid=valid and masks_fingerprint(valid))
+    said = look_at_masks(ds.subset(find_masks(ds, masks)[0]), masks, load['on_bad'])
+    if valid: look_at_masks(valid.subset(find_masks(valid)[0]), None, load['on_bad'])
     def make(start): # weights of the backbone are fetched only at the start
         model = segment_network(len(ds.classes), **net | ({} if start else dict(pretrained=False)))
         dls = segment_loaders(masks, ds, valid, **load, seed=seed, device=local_device(device), spec=model.input_spec)
-        for line in [] if rank() else describe_training(dls, model): run['log'](f'{out}: {line}')
+        for line in [] if rank() else [*describe_training(dls, model), said]: run['log'](f'{out}: {line}')
         learners.append(segment_learner(dls, model, **learning))
         return learners[-1]
     def save(model, folder, **config):

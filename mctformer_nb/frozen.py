@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRENGTHS', 'RUN_FILES', 'frozen_network', 'load_frozen', 'frozen_precision', 'at_bits', 'frozen_features',
            'FrozenCAM', 'pooled_features', 'fit_logistic', 'choose_strength', 'head_scores', 'is_finished',
-           'labels_digest', 'train_frozen']
+           'labels_digest', 'labelled', 'train_frozen']
 
 # %% ../nbs/16_frozen.ipynb #d5710713
 import hashlib, shutil, time
@@ -242,6 +242,16 @@ def labels_digest(
             np.uint8).tobytes()).hexdigest()[:12]
     return f'{ds.name} {ds.split}: {len(ds)} images, {len(ds.classes)} classes, {digest}'
 
+# %% ../nbs/16_frozen.ipynb #ab31c9d2
+def labelled(
+    ds:Dataset, # any
+) -> Dataset: # fewer images
+    "The images whose labels are known, among them those that show no class. Raises `DataError` if none shows one."
+    known = ds.subset([id for id in ds.ids if ds.is_labelled(id)])
+    need(known.targets().any(), f'{ds.name} ({ds.split})', f'none of the {len(ds)} images has a label',
+         'Check the labels or take another split')
+    return known
+
 # %% ../nbs/16_frozen.ipynb #f4ef3998
 def train_frozen(
     ds:Dataset, # to train on; only its image-level labels are used
@@ -264,6 +274,8 @@ def train_frozen(
         if is_finished(out, settings):
             log(f'{out}: finished, nothing to do. Use --fresh to train again.')
             return out
+        log(f"{out}: {settings['data']}\n{ds.understood}")
+        ds, valid = labelled(ds), valid and labelled(valid)
         model = FrozenCAM(len(ds.classes), backbone, pretrained)
         pool = lambda part, name: pooled_features(model.net, part, out/'features'/name, image_size, device=device,
                                                    precision=options.get('precision', 'auto'))

@@ -37,7 +37,7 @@ def photo_formats() -> tuple: # names that PIL gives them
 # %% ../nbs/002_images.ipynb #06d629ac
 def _why(path, e, data=None):
     "(problem, fix) behind an exception `e` of PIL"
-    fix = 'Copy or download it again, or take its id off the list'
+    fix = 'Copy or download it again, or leave it out'
     if os.path.isdir(path): return 'is a folder, not an image', 'Give the path of one file'
     if isinstance(e, FileNotFoundError): return 'there is no such file', 'Check the name and the folder'
     if isinstance(e, PermissionError): return 'may not be read', 'Change its permissions'
@@ -67,7 +67,7 @@ def load_image(
         w,h = im.size
         if decode and w*h and not (limit and w*h>limit): im.load()
     except Exception as e: raise DataError(path, *_why(path, e, data)) from None
-    need(w*h, path, f'the image is {w} x {h} pixels', 'Replace the file or take its id off the list')
+    need(w*h, path, f'the image is {w} x {h} pixels', 'Replace the file or leave it out')
     need(not limit or w*h<=limit, path, f'{w} x {h} is more than {limit} pixels',
          'Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it')
     return im

@@ -138,7 +138,7 @@ def param_groups(
     bias_mult:float=1., # factor on the learning rate of biases, on top
 )->list: # of dicts for a torch optimiser, with `lr_scale` for timm's schedulers
     "Parameters by weight decay and learning rate factor. Raises `DataError` for a prefix that fits nothing."
-    lr_mult, names = lr_mult or {}, [n for n,_ in model.named_parameters()]
+    lr_mult, names = lr_mult or {}, list(model.state_dict())         # frozen norms are buffers
     odd = [p for p in lr_mult if all(lr_factor(n, {p: 0}) for n in names)]
     first = ', '.join(sorted({n.split('.')[0] for n in names}))
     need(not odd, f'lr_mult {odd}', 'no parameter starts so', f'Use names that start with {first}')
@@ -336,7 +336,7 @@ def open_run(
         old = json.loads(state.pop('settings'))
     except Exception as e: raise DataError(file, f'cannot be read ({type(e).__name__})', new) from e
     wrong = [k for k in {**old, **settings} if old.get(k)!=settings.get(k)]
-    if wrong == ['epochs'] and state['epoch'] >= old['epochs']:
+    if wrong == ['epochs'] and state['epoch'] >= old['epochs'] and 'variant' in settings:                # a classifier
         new = f'To train it further: --pretrained {out} with another --out; to train anew: --fresh'
     said = '; '.join(f'{k} was {old.get(k)!r}, now {settings.get(k)!r}' for k in wrong)
     need(not wrong, out, f'was trained with other settings ({said})', new)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'LATER', 'MCTOutput', 'class_scores', 'start_tokens', 'start_head', 'LeanMlp', 'MCTformer',
-           'classifier_config', 'build_model']
+           'classifier_config', 'build_model', 'start_from_run']
 
 # %% ../nbs/11_mctformer.ipynb #3abe87d5
 import importlib
@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from .core import DataError, need
-from .runs import load_run, load_weights, save_run
+from .runs import check_state, load_run, load_weights, save_run
 from .vit import build_vit, resize_pos
 
 # %% ../nbs/11_mctformer.ipynb #c7200d89
@@ -189,6 +189,29 @@ def build_model(
     need(variant in VARIANTS, f'variant {variant!r}', 'unknown',
          f"Use one of {', '.join(VARIANTS)}; `import mctformer_nb.baselines` knows more")
     return VARIANTS[variant](num_classes, **kwargs)
+
+# %% ../nbs/11_mctformer.ipynb #57a47f4a
+def start_from_run(
+    model:nn.Module, # classifier, changed in place
+    folder:str|Path, # run folder, of the same variant and backbone
+    classes:list, # names of the model's classes, in order
+) -> nn.Module: # the same
+    """Weights of a run: classes of the same name keep their token and head; of new ones the token is the mean of the old
+    ones, and the head as it was. Raises `DataError`."""
+    old, cfg = load_run(folder, kind='classifier')
+    sd, own = old.state_dict(), model.state_dict()
+    for k in [k for k in own if k in sd]:
+        tokens = k in ('cls_token', 'pos_embed_cls') and not getattr(model, 'one_token', True)
+        if not tokens and k.split('.')[0] not in ('head', 'score_head'): continue
+        was, new = (v.movedim(int(tokens), 0) for v in (sd[k], own[k].clone()))                  # (C,...) both
+        if was.shape[1:] != new.shape[1:]: continue                                              # told below
+        if tokens: new[:] = was.mean(0)
+        for i,c in enumerate(classes):
+            if c in cfg['classes']: new[i] = was[cfg['classes'].index(c)]
+        sd[k] = new.movedim(0, int(tokens))
+    check_state(sd, own, folder, 'Give a run of the same variant and backbone')
+    model.load_state_dict(sd)
+    return model
 
 # %% ../nbs/11_mctformer.ipynb #2ed07c37
 LATER = dict(load_reference='checkpoints', complexity='complexity', info_table='complexity') # name -> its module

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from fastcore.basics import AttrDict
 from scipy.sparse import csr_matrix, diags, identity, kron
 from scipy.sparse.linalg import spsolve
+from .artifacts import has_seed
 from .attention import evaluating
 from .core import need, progress
 from .datasets import Dataset
@@ -43,7 +44,7 @@ def photos_with_maps(
     size:int=None,         # short side that the classifier sees, in pixels; default the photo's own
 ) -> Iterator:             # id, class index, photo (1,3,H,W), map (1,1,H,W)
     "Photo and map of each class in the seeds, at the size of the network's input. `DataError` if there is no seed"
-    ids = [id for id in ds.ids if (Path(seeds)/f'{id}.npz').is_file()]
+    ids = [id for id in ds.ids if has_seed(seeds, id)]
     need(ids, seeds, f'holds no seed of {ds.name} {ds.split}', 'Write them with mct_seeds, or check split and folder')
     for id in progress([ids[len(ids)*i//min(n, len(ids))] for i in range(min(n, len(ids)))], 'photos'):
         classes, maps = load_seed(Path(seeds)/f'{id}.npz')

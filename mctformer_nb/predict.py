@@ -19,7 +19,7 @@ from .attention import check_request, evaluating
 from .core import atomic_path, need, read_json
 from .crf import SEG_CRF, refinement
 from .datasets import Dataset
-from .deeplab_net import DeepLab
+from .deeplab_net import SEGMENT_KINDS
 from .ranks import local_device
 from .runs import load_run, plain, split_options, weights_digest
 from .seeds import batch_maps, maps_to_photo
@@ -42,7 +42,7 @@ def load_network(
     "A network that can look at photos. Raises `DataError`."
     if isinstance(run, tuple): return run[0], list(run[1]), {}
     net, cfg = load_run(packaged_run() if run is None else run)
-    looks = isinstance(net, DeepLab) or hasattr(net, 'variant')
+    looks = cfg.get('kind') in SEGMENT_KINDS or hasattr(net, 'variant')
     need(looks, run, f'is a run of {cfg.get("kind")}', 'Give a run of mct_segment_train, or one of mct_train')
     return net, list(cfg['classes']), cfg
 

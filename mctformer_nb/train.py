@@ -25,7 +25,7 @@ from .core import DataError, need, new_figure
 from .datasets import Dataset
 from .learner import CosineSchedule, KeepFrozen, Precision, data_fingerprint, epoch_loader, fit_run
 from .learner import make_dls, param_groups, seeded
-from .mctformer import build_model, save_run
+from .mctformer import build_model, save_run, start_from_run
 from .ranks import local_device, rank, world
 from .runs import plain, split_options
 from .views import InputSpec, input_spec
@@ -256,7 +256,7 @@ def train_classifier(
     valid:Dataset=None, # the same classes, for loss and mAP after each epoch
     out:str|Path='runs/classifier', # run folder
     epochs:int=60, # reference
-    pretrained:bool|str=True, # True: timm's hub; a path: that weight file; False: random
+    pretrained:bool|str=True, # True: timm's hub; a path: that weight file, or run folder; False: random
     seed:int=0, # of everything random
     device:str=None, # default CUDA if there is one
     **options, # of `Loading`, `make_learner`, `CosineSchedule`, `ModelOptions`, timm; fresh, log of `fit_run`
@@ -266,8 +266,10 @@ def train_classifier(
     load, fit, choice, settings = training_options(options)
     settings |= dict(pretrained=plain(pretrained), data=data_fingerprint(ds), valid=valid and data_fingerprint(valid))
     prior = prior_loss(labelled_photos(ds)[1], choice['variant'])
+    further = isinstance(pretrained, (str, Path)) and (Path(pretrained)/'config.json').is_file()
     def make(start):
-        model = build_model(len(ds.classes), pretrained=pretrained if start else False, **choice)
+        model = build_model(len(ds.classes), pretrained=pretrained if start and not further else False, **choice)
+        if start and further: start_from_run(model, pretrained, ds.classes)
         dls = make_loaders(ds, valid, seed, local_device(device), input_spec(model), **load)
         if not rank(): log(f'{out}: {training_summary(dls, model, settings["data"], prior)}')
         return make_learner(dls, model, **fit)
