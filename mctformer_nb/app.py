@@ -115,7 +115,7 @@ def make_app(
     net, names, cfg = load_network(run)
     folder, fused = folder or tempfile.mkdtemp(), hasattr(net, 'blocks')
     with gr.Blocks(title='mctformer_nb', analytics_enabled=False) as page:
-        gr.Markdown(f'# What is where?\n{cfg.get("backbone", "")}, {len(names)} classes: {", ".join(names[:12])}')
+        gr.Markdown(f'# What is where?\n{cfg.get("backbone", "")}, {len(names)} classes: {", ".join(names)}')
         with gr.Row():
             with gr.Column():
                 photo = gr.File(label='photo', type='filepath', elem_id='photo')

@@ -27,18 +27,18 @@ def read_ids(
     arg('--to', required=True, metavar='TOOL', choices=['cvat', 'labelstudio', 'coco', 'yolo', 'fiftyone'],
         help='cvat, labelstudio, coco, yolo or fiftyone'),
     arg('--masks', required=True, metavar='DIR', help='folder of masks, as mct_masks writes it'),
-    arg('--seeds', metavar='DIR', help='fiftyone: folder of seeds, shown as heat maps (default: none)'),
     arg('--ids', metavar='FILE', help='only these photos, a name a line, as mct_pick lists them (default: all)'),
     arg('--out', metavar='DIR', help='folder to write to (default: TOOL, beside the masks)')])
 def mct_export(a):
     "Pseudo masks as a first draft for people: in the form of a tool that they correct masks in."
     from mctformer_nb.datasets import get_dataset
     from mctformer_nb.hand_over import export_masks
+    import mctformer_nb.to_fiftyone                        # adds its form
     ds = read_ids(a.ids, get_dataset(a.data, a.split, on_bad='skip'))
     a.out = a.out or Path(a.masks).parent/a.to
     a.outcome = r = export_masks(a.to, a.masks, ds, a.out)
     print(f'done in {elapsed(a)}: {len(r.ids)} masks in {r.path}. {r.how}.')
-    hint(a, f'mct_import FILE --from {a.to}', data=a.data, split=a.split, pseudo=a.masks)
+    if a.to!='fiftyone': hint(a, f'mct_import FILE --from {a.to}', data=a.data, split=a.split, pseudo=a.masks)
     return report_bad(ds.bad)
 
 # %% ../nbs/79_cli_tools.ipynb #0520b234
