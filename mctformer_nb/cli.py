@@ -267,7 +267,7 @@ SCALE_ARGS = [
         help='who hands out shards: this process with those of torchrun, or Ray (default: here)'),
     arg('--submit', choices=['slurm', 'local'], help='as tasks of a Slurm array, or as processes of this machine'),
     arg('--tasks', type=number(int, 1), default=2, metavar='N', help='of --submit, or actors of Ray (default: 2)'),
-    arg('--set', nargs='+', default=[], metavar='KEY=VALUE', help="of submitit or Ray: slurm_partition=gpu timeout_min=600")]
+    arg('--set', nargs='+', default=[], metavar='KEY=VALUE', help="of submitit or Ray: slurm_partition=gpu")]
 
 # %% ../nbs/60_cli.ipynb #4e5106fb
 def by_shards(
