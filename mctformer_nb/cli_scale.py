@@ -18,7 +18,7 @@ from .command import arg, command, comma_list, data_args, elapsed, hint, number,
     *data_args(device=False),
     arg('--out', required=True, metavar='FILE', help='Parquet file to write; then --data manifest:FILE anywhere'),
     arg('--classes', type=comma_list(), metavar='A,B', help='names, of tar files (default: classes.txt beside them)'),
-    arg('--tar', metavar='DIR', help='copy photos, labels and masks into tar files in DIR first; masks that are no files too'),
+    arg('--tar', metavar='DIR', help='copy photos, labels, masks into tar files first (masks that are no files too)'),
     arg('--per-tar', type=number(int, 1), default=2000, metavar='N', help='photos in a tar file (default: 2000)'),
     arg('--workers', type=number(int, 1), metavar='N', help='processes that open headers (default: one a core)')])
 def mct_manifest(a):
@@ -55,7 +55,7 @@ def shard_job(
     from mctformer_nb.core import need
     from mctformer_nb.shards import SeedJob, Shards
     alone = config['variant']!='frozen' or a.kind or a.no_self_train
-    need(alone, a.run, 'a frozen network learns from all photos at once', 'Add --no-self-train, or seeds of one file each')
+    need(alone, a.run, 'a frozen network learns from all photos at once', 'Add --no-self-train, or make files')
     need(',' not in a.split, '--split', 'a folder of shards holds one split', 'Give one, and a folder for each')
     shards = Shards(a.data, a.split, a.shard_size)
     check_classes(config, shards.dataset(0), a.run)

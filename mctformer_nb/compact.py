@@ -94,7 +94,7 @@ class Shard:
         self.path, arrays = Path(path), read_arrays(path, keys, 'shard of seeds', 'mct_seeds')
         self.classes, self.counts, self.sizes, self.grids, self.ends, self.values, names = arrays
         try: self.ids, self.report = json.loads(names.tobytes())
-        except ValueError: raise DataError(path, 'has no readable list of names', 'Delete it and write it again') from None
+        except ValueError: raise DataError(path, 'has no readable list of names', 'Write it again') from None
         self.at = {id: i for i,id in enumerate(self.ids)}
         k, scales = self.counts.T.astype(np.int64)
         self.first, self.scale = np.cumsum([0, *k]), np.cumsum([0, *scales])      # rows of classes and grids of a photo

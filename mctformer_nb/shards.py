@@ -135,7 +135,8 @@ def added_scores(
     shards:Shards, # all of them
 ) -> AttrDict: # what `sweep_threshold` returns
     "Scores of the whole data set from the counts of all shards. Raises `DataError` for one that is missing."
-    whole, notes = SweepCounts(len(shards.classes)+1, counts.thresholds), AttrDict(n_images=0, missing=[], bad=[], unnamed={})
+    whole = SweepCounts(len(shards.classes)+1, counts.thresholds)
+    notes = AttrDict(n_images=0, missing=[], bad=[], unnamed={})
     for k in range(len(shards)):
         total, images = read_arrays(counts.path(k), ('total', 'images'), 'table of counts', 'mct_seeds --score')
         need(total.shape==whole.total.shape, counts.path(k), 'was counted for other classes or thresholds', 'Delete it')
@@ -176,11 +177,11 @@ def seeds_of_shard(
 ) -> AttrDict: # written, empty: counts of photos; bad [(id, problem)]
     "Maps of all photos of a shard, to every place; their files appear at the end"
     for p in places: p.start(ds)
-    batches, bad = plan_batches(ds, net.patch, net.views, max(1, net.how.batch_size))
+    batches, bad = plan_batches(ds, net.patch, net.views, max(1, net.choice.batch_size))
     def hand(id, found):
         for p in places: p.add(ds, id, found)
         return len(found[0])
-    stage, work = (partial(net.read, ds), net.compute, hand), Work(batches, net.how.workers, desc=f'shard {k}')
+    stage, work = (partial(net.read, ds), net.compute, hand), Work(batches, net.choice.workers, desc=f'shard {k}')
     r = run_batches([InMemory()], batches, stage, work)[0]
     report = AttrDict(written=r.written, empty=r.empty, bad=sorted([*bad, *r.bad]))
     for p in places: p.save(k, ds, report)
