@@ -150,7 +150,7 @@ FINE_ARGS = [
     arg('--decay', type=number(float, 0, 1), help='plus: of rank pooling at 784 patches, 1: mean (default: 0.996)'),
     arg('--contrast', type=number(float, 0), help='plus: weight of the contrastive class-token loss (default: 1)'),
     arg('--repeat', type=number(int, 1, 8),
-        help="plus: times the backbone's position rows are repeated along a side (recipe plus: 2, for 448 pixels; else 1)"),
+        help="plus: times the backbone's position rows are repeated along a side (recipe plus: 2; else 1)"),
     arg('--valid-aug', choices=['center', 'squash'],
         help='photos of --valid-split: central crop (reference), or squashed to a square (quick)'),
     arg('--aug', help='augmentation: reference | paper | light (quick)')]
