@@ -38,7 +38,7 @@ class HeadWeights(nn.Module):
         reduction:int=8, # of the values inside the second half (WeakTr's published runs)
     ):
         super().__init__()
-        need(width % heads == 0, f'width {width}', f'cannot be cut in {heads} pieces', "Give the backbone's own numbers")
+        need(width % heads == 0, f'width {width}', f'cannot be cut in {heads} pieces', "Give the backbone's numbers")
         n = blocks*heads
         self.blocks, self.heads = blocks, heads
         self.piece = nn.Sequential(nn.Linear(width//heads, hidden), nn.Linear(hidden, 1))
@@ -115,7 +115,7 @@ def head_terms(
 ) -> tuple: # pooled (B,L,D); Q (B,C,L*h,L*h), times (L*h)^2
     "What the weights of the heads can be learnt from"
     found = head_pass(model, x)
-    both = [(c, p.sum(-2)) for c,p in head_attention(model, found)]    # per block (B,h,C,M), (B,h,M): given by each patch
+    both = [(c, p.sum(-2)) for c,p in head_attention(model, found)]    # a block: (B,h,C,M), (B,h,M) given by a patch
     c2p, given = (torch.cat(t, 1) for t in zip(*both))                 # (B,L*h,C,M), (B,L*h,M)
     Q = torch.einsum('bin,bjcn,bcn->bcij', given, c2p, found.coarse.flatten(2))        # (B,C,L*h,L*h)
     return found.pooled, Q/c2p.shape[-1]
