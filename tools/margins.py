@@ -10,7 +10,7 @@ import argparse, ast, json, os, subprocess, sys, time
 from collections import defaultdict
 from pathlib import Path
 
-ROOT, NOTE = Path(__file__).resolve().parents[1], 'MCT_MARGINS'  # the environment variable names the file for notes
+ROOT, NOTE, SHIFT = Path(__file__).resolve().parents[1], 'MCT_MARGINS', 'MCT_SEED_SHIFT'  # environment variables: file for notes, what is added to seeds
 LESS, MORE = (ast.Lt, ast.LtE), (ast.Gt, ast.GtE)
 
 # ---- in the process that runs asserts
@@ -52,9 +52,11 @@ class Wrap(ast.NodeTransformer):
         return ast.fix_missing_locations(ast.copy_location(ast.Assert(Inner().visit(node.test), node.msg), node))
 
 def watch():
-    "Note `allclose` and its kin, too: 1 is the limit"
+    "Note `allclose` and its kin, too: 1 is the limit. Shift torch's seeds where the setting says so"
     import builtins, numpy as np, torch, fastcore.test as ft
     builtins.__compared__ = compared
+    seed, shift = torch.manual_seed, int(os.environ.get(SHIFT, 0))
+    if shift: torch.manual_seed = lambda s: seed(s+shift)
     def excess(a, b, rtol, atol):
         a, b = numbers(a), numbers(b)
         if a is None or b is None or a.size!=b.size: return None
@@ -85,34 +87,39 @@ STARTUP = "import sys; sys.path.insert(0, {tools!r})\nimport margins; margins.wa
 # ---- what runs them
 
 def run(kind, name, setting, env, out):
-    "One notebook or test file under one setting; True, False, or None where it was there already"
-    log = out/setting/f'{kind}_{name}.txt'; notes = log.with_suffix('.jsonl')
-    if log.is_file(): return None
-    log.parent.mkdir(parents=True, exist_ok=True); notes.unlink(missing_ok=True); notes.touch()
+    "One notebook or test file under one setting: did all hold, and what was printed. What is in `out` already is not run again"
+    log = out/setting/f'{kind}_{name}.txt'; notes = log.with_suffix('.jsonl'); said = lambda: log.read_text(encoding='utf-8')
+    if log.is_file(): return said().startswith('ok'), said()
+    log.parent.mkdir(parents=True, exist_ok=True); notes.write_text('')
     ipython = out/'ipython'/'profile_default'/'startup'; ipython.mkdir(parents=True, exist_ok=True)
     (ipython/'00-margins.py').write_text(STARTUP.format(tools=str(ROOT/'tools')))
     env = env | {NOTE: str(notes), 'IPYTHONDIR': str(out/'ipython'), 'PYTHONDONTWRITEBYTECODE': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT/"tools"}'}
     pytest = ['-m', 'pytest', '-n', '0', '-q', '-p', 'no:cacheprovider', '-p', 'margins', f'tests/test_{name}.py', '-k', 'not killed']
     cmd = [sys.executable, *(['tools/nbrun.py', '--check', f'nbs/{name}.ipynb'] if kind=='nb' else pytest)]
-    start = time.time(); r = subprocess.run(cmd, env=env, cwd=ROOT, capture_output=True, text=True)
-    tmp = log.with_suffix('.tmp'); tmp.write_text(f'{"ok" if r.returncode==0 else "FAILED"} {time.time()-start:.0f} s\n{r.stdout[-6000:]}\n{r.stderr[-6000:]}'); tmp.replace(log)
-    print(f'{setting:8} {"ok" if r.returncode==0 else "FAILED":6} {time.time()-start:5.0f} s  {kind} {name}', flush=True)
-    return r.returncode==0
+    start = time.time(); r = subprocess.run(cmd, env=env, cwd=ROOT, capture_output=True, text=True); how = f'{"FAILED" if r.returncode else "ok"} {time.time()-start:.0f} s'
+    tmp = log.with_suffix('.tmp'); tmp.write_text(f'{how}\n{r.stdout[-6000:]}\n{r.stderr[-6000:]}', encoding='utf-8'); tmp.replace(log)
+    print(f'{setting:8} {how:12} {kind} {name}', flush=True)
+    return r.returncode==0, said()
 
-def table(out, times=3):
-    "Limits nearer than `times` spreads, and those that a comparison missed; nearest first"
+def tight(out, times=3):
+    "Limits nearer than `times` spreads: (distance in spreads, file, assertion, distance, spread, both sides by setting), nearest first; and the number of all comparisons"
     seen = defaultdict(dict)
     for f in sorted(out.glob('*/*.jsonl')):
-        if not f.with_suffix('.txt').is_file(): continue
+        if not f.with_suffix('.txt').is_file() or 'properties' in f.stem: continue        # random examples have no partner under another setting
         count = defaultdict(int)
         for line in f.read_text(encoding='utf-8').splitlines():
             where, a, b = json.loads(line); key = f.stem, where, count[where]; count[where] += 1; seen[key][f.parent.name] = a, b
     rows = []
     for (file, where, k), by in seen.items():
         gaps = [b-a for a,b in by.values()]; spread = max(gaps)-min(gaps)
-        if min(gaps)<times*spread or min(gaps)<=0: rows.append((min(gaps)/spread if spread else -1, file, where, min(gaps), spread, by))
-    for r in sorted(rows, key=lambda r: r[:3]): print(f'{r[0]:7.2f}  {r[1]}: {r[2]}\n         distance {r[3]:.3g}, spread {r[4]:.3g}; '+', '.join(f'{s} {a:.4g} < {b:.4g}' for s,(a,b) in r[5].items()))
-    print(f'{len(seen)} comparisons, {len(rows)} tight')
+        if spread and 0<min(gaps)<times*spread: rows.append((min(gaps)/spread, file, where, min(gaps), spread, by))
+    return sorted(rows, key=lambda r: r[:3]), len(seen)
+
+def show(out):
+    "Print what is tight"
+    rows, n = tight(out)
+    for r in rows: print(f'{r[0]:5.1f} spreads  {r[1]}: {r[2]}\n               distance {r[3]:.3g}, spread {r[4]:.3g}; '+', '.join(f'{s} {a:.4g} < {b:.4g}' for s,(a,b) in r[5].items()))
+    print(f'{n} comparisons, {len(rows)} tight')
 
 if __name__=='__main__':
     sys.path.insert(0, str(ROOT/'tests')); from test_processors import NOTEBOOKS, SETTINGS, TESTS, here
@@ -120,10 +127,6 @@ if __name__=='__main__':
     p.add_argument('settings', nargs='*', default=list(SETTINGS)); p.add_argument('--out', type=Path, required=True); p.add_argument('--table', action='store_true')
     p.add_argument('--only', default='', help='these notebooks and tests only, separated by commas')
     a = p.parse_args(); a.out = a.out.resolve(); only = set(filter(None, a.only.split(',')))
-    if not a.table:
-        for s in a.settings:
-            env = here(s)
-            for kind,names in (('nb', NOTEBOOKS), ('test', TESTS)):
-                for n in names:
-                    if not only or n in only: run(kind, n, s, env, a.out)
-    table(a.out)
+    for s in [] if a.table else a.settings:
+        for kind,n in [(k, n) for k,names in (('nb', NOTEBOOKS), ('test', TESTS)) for n in names if not only or n in only]: run(kind, n, s, here(s), a.out)
+    show(a.out)
