@@ -123,7 +123,7 @@ def training_callbacks(
 # %% ../nbs/60_cli.ipynb #3947097b
 TRAIN_RECIPE = arg('--recipe', choices=['reference', 'plus', 'quick', 'frozen'],
     help="defaults of the other options: the reference's; plus: MCTformer+ at 448 pixels; quick: small networks for "
-         'drawings; frozen: pretrained ones for photographs on a computer without a GPU (default: reference with a GPU, '
+         'drawings; frozen: pretrained ones for photographs on a computer without GPU (default: reference with a GPU, '
          'else frozen; quick for mini)')
 
 # %% ../nbs/60_cli.ipynb #9ebb1722
@@ -167,7 +167,7 @@ FINE_ARGS = [
     arg('--decay', type=number(float, 0, 1), help='plus: of rank pooling at 784 patches, 1: mean (default: 0.996)'),
     arg('--contrast', type=number(float, 0), help='plus: weight of the contrastive class-token loss (default: 1)'),
     arg('--repeat', type=number(int, 1, 8),
-        help="plus: times the backbone's position rows are repeated along each side (default: 2 at 448 pixels, else 1)"),
+        help="plus: times the backbone's position rows are repeated along a side (recipe plus: 2; else 1)"),
     arg('--valid-aug', choices=['center', 'squash'],
         help='photos of --valid-split: central crop (reference), or squashed to a square (quick)'),
     arg('--aug', help='augmentation: reference | paper | light (quick)')]
@@ -226,7 +226,7 @@ def plus_options(
     from mctformer_nb.core import need
     own = {k: getattr(a, k) for k in ('decay', 'contrast', 'repeat') if getattr(a, k, None) is not None}
     named = ', '.join(f'--{k}' for k in own)
-    need(a.variant=='plus' or not own, named, f'is for MCTformer+, not for {a.variant}', 'Add --variant plus, or leave it out')
+    need(a.variant=='plus' or not own, named, f'is for MCTformer+, not {a.variant}', 'Add --variant plus, or leave it out')
     return own
 
 # %% ../nbs/60_cli.ipynb #7b28ffcb
@@ -342,7 +342,7 @@ SCALE_ARGS = [
         help='who hands out shards: this process with those of torchrun, or Ray (default: here)'),
     arg('--submit', choices=['slurm', 'local'], help='as tasks of a Slurm array, or as processes of this machine'),
     arg('--tasks', type=number(int, 1), default=2, metavar='N', help='of --submit, or actors of Ray (default: 2)'),
-    arg('--set', nargs='+', default=[], metavar='KEY=VALUE', help="of submitit or Ray: slurm_partition=gpu timeout_min=600")]
+    arg('--set', nargs='+', default=[], metavar='KEY=VALUE', help="of submitit or Ray: slurm_partition=gpu")]
 
 # %% ../nbs/60_cli.ipynb #4e5106fb
 def by_shards(

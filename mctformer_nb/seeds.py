@@ -181,7 +181,7 @@ class SeedNet:
     net:torch.nn.Module # in evaluation mode, on its device
     kinds:list # of maps: dicts of kind, layers, refine, rule of `localize`
     views:Views # of a photo
-    how:SeedOptions # the rest
+    choice:SeedOptions # the rest
     patch:int # patch size
     spec:object # `InputSpec` of the network
     device:torch.device # where it is
@@ -194,7 +194,7 @@ def read(self:SeedNet,
     id:str, # of one
 ) -> AttrDict: # x: views, one a scale (1 or 2,3,h,w); own: what the other network sees; size (H,W); classes
     "A photo as the network wants it. Raises `DataError` if it is not of the size that was planned with."
-    image, size, other, longest = ds.image(id), ds.size(id), self.how.affinity, self.views.longest
+    image, size, other, longest = ds.image(id), ds.size(id), self.choice.affinity, self.views.longest
     if longest and not self.views.image_size and max(image.size) > longest and not self.smaller:
         self.smaller.append(id)
         print(f'photos of more than {longest} pixels are seen smaller (--longest), the first is {id}', flush=True)
@@ -202,7 +202,7 @@ def read(self:SeedNet,
     need(all(v.shape[-2:] == s for v,s in zip(x, planned)), id,
          f'the photo is {image.size}, its header or manifest says {size}', 'Save it, or make the manifest, again')
     return AttrDict(x=x, own=other and other.view(image), size=image.size[::-1],
-                    classes=ds.labels(id) if self.how.labels=='given' else None)
+                    classes=ds.labels(id) if self.choice.labels=='given' else None)
 
 # %% ../nbs/22_seeds.ipynb #e386293f
 @patch
@@ -211,16 +211,16 @@ def compute(self:SeedNet,
 ) -> list: # a photo: for each kind (classes (k,), [maps (k,h,w), one a scale], size (H,W))
     "Maps of the classes of each photo, at the patch grid"
     x = [torch.stack(v).to(self.device) for v in zip(*(p.x for p in photos))]  # one a scale: (B,1 or 2,3,h,w)
-    given, other = self.how.labels=='given', self.how.affinity
-    classes = [p.classes for p in photos] if given else predict_classes(self.net, x[0][:, 0], self.how.label_threshold)
+    given, other, threshold = self.choice.labels=='given', self.choice.affinity, self.choice.label_threshold
+    classes = [p.classes for p in photos] if given else predict_classes(self.net, x[0][:, 0], threshold)
     every = sorted({int(c) for cs in classes for c in cs})
     none = [[x[0].new_zeros(len(photos), 0, 1, 1)] for _ in self.kinds]
     maps = batch_maps(self.net, x, every, self.kinds) if every else none
     rows = [[every.index(c) for c in cs] for cs in classes]
     def finish(j, scales, p):
         mine = [m[j, rows[j]] for m in scales]                                            # (B,k,h,w) -> (k_j,h,w)
-        if not len(classes[j]) or not (other or self.how.compete): return mine
-        return finish_maps(mine, self.how.compete, *(photo_affinity(other, p.own.to(self.device)) if other else ()))
+        if not len(classes[j]) or not (other or self.choice.compete): return mine
+        return finish_maps(mine, self.choice.compete, *(photo_affinity(other, p.own.to(self.device)) if other else ()))
     return [[(classes[j], finish(j, scales, p), p.size) for scales in maps] for j,p in enumerate(photos)]
 
 # %% ../nbs/22_seeds.ipynb #48225c1b
@@ -260,8 +260,8 @@ def extract_kinds(
     need(wanted, 'seeds', 'no kind of map is wanted', 'Give at least one folder')
     with seed_net(model, ds, list(wanted.values()), options) as (net, settings):
         outs = [Output(f, s, '_seeds.json', what='seeds') for f,s in zip(wanted, settings)]
-        batches, bad = plan_batches(ds, net.patch, net.views, max(1, net.how.batch_size))
-        work = Work(batches, net.how.workers, overwrite=net.how.overwrite, bad=bad, desc='seeds')
+        batches, bad = plan_batches(ds, net.patch, net.views, max(1, net.choice.batch_size))
+        work = Work(batches, net.choice.workers, overwrite=net.choice.overwrite, bad=bad, desc='seeds')
         reports = run_stage(outs, ds.ids, partial(net.read, ds), write_seed, net.compute, work)
     return {str(folder): r for folder,r in zip(wanted, reports)}
 
