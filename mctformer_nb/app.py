@@ -113,14 +113,13 @@ def make_app(
     try: import gradio as gr
     except ImportError: raise DataError('app', 'gradio is not installed', 'pip install "mctformer_nb[app]"') from None
     net, names, cfg = load_network(run)
-    folder, fused = folder or tempfile.mkdtemp(), hasattr(net, 'blocks')
+    folder, fused, most = folder or tempfile.mkdtemp(), hasattr(net, 'blocks'), len(getattr(net, 'blocks', '12'))
     with gr.Blocks(title='mctformer_nb', analytics_enabled=False) as page:
         gr.Markdown(f'# What is where?\n{cfg.get("backbone", "")}, {len(names)} classes: {", ".join(names)}')
         with gr.Row():
             with gr.Column():
                 photo = gr.File(label='photo', type='filepath', elem_id='photo')
                 background = gr.Slider(0, 1, .4, step=.01, label='background score')
-                most = len(net.blocks) if fused else 2
                 layers = gr.Slider(1, most, min(3, most), step=1, label='fused layers', visible=fused)
                 refine = gr.Checkbox(True, label='patch affinity', visible=fused)
             with gr.Column():

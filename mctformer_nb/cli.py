@@ -57,7 +57,7 @@ def quick_recipe(
 
 # %% ../nbs/60_cli.ipynb #8f06fa7d
 _STEM = {f'backbone.net.{n}': 0 for n in ('conv_stem', 'bn1', 'blocks.0', 'blocks.1', 'blocks.2')}
-FROZEN_RECIPE = dict( # options for photographs on a CPU: class tokens of a frozen ViT, `train_affinity`, `train_segment`
+FROZEN_RECIPE = dict( # options for photographs on a CPU: class tokens of a frozen ViT, and the later stages
     train=dict(backbone='vit_small_patch14_dinov2', epochs=12, batch_size=8, image_size=224, lr=.002, warmup_epochs=1,
                per_step=True, aug='light', valid_aug='squash', lr_mult=dict(blocks=0, patch_embed=0, pos_embed_pat=0)),
     affinity=dict(backbone='tf_efficientnet_lite0', pretrained='packaged', epochs=3, batch_size=8, crop=256, lr=.003,
@@ -226,7 +226,8 @@ def plus_options(
     from mctformer_nb.core import need
     own = {k: getattr(a, k) for k in ('decay', 'contrast', 'repeat') if getattr(a, k, None) is not None}
     named = ', '.join(f'--{k}' for k in own)
-    need(a.variant=='plus' or not own, named, f'is for MCTformer+, not {a.variant}', 'Add --variant plus, or leave it out')
+    need(a.variant=='plus' or not own, named, f'is for MCTformer+, not {a.variant}',
+         'Add --variant plus, or leave it out')
     return own
 
 # %% ../nbs/60_cli.ipynb #7b28ffcb

@@ -415,8 +415,7 @@ def folder_dataset(
     photos = find_photos(root/'images', bad)
     index, names = PhotoIndex(photos, root/'images'), root/'classes.txt'
     labels = find_labels(root, index, read_class_names(names, notes) if names.is_file() else None, bad)
-    ids = read_split(root, split, index, bad)
-    mine = set(ids)
+    mine = set(ids := read_split(root, split, index, bad))
     lost = [(id,why) for id,why in bad or () if id in mine or id not in photos]     # of this split, or of none
     out = set(dict(lost))
     files = {id: photos[id] for id in ids if id not in out}

@@ -100,7 +100,8 @@ def find_masks(
     have = [id for id,f in files if (ds.has_masks if f is None else f.is_file())]
     none = f'none of the {len(ds)} images of {ds.name} ({ds.split}) has a mask here, <id>.png'
     fix = 'These are seeds: make masks of them with mct_masks' if not truth and any(where.glob('*.npz')) else 'Check it'
-    if truth: where, none, fix = ds.name, f'no image of the split {ds.split} has a mask', 'Give the folder of pseudo masks'
+    if truth: where, none = ds.name, f'no image of the split {ds.split} has a mask'
+    if truth: fix = 'Give the folder of pseudo masks'
     need(have, where, none, fix)
     return have, sorted(set(ds.ids)-set(have))
 

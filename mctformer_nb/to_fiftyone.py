@@ -36,7 +36,7 @@ def photo_fields(
     if (masks/f'{id}.png').is_file(): out['mask'] = fo.Segmentation(mask=open_mask(masks/f'{id}.png'))
     if seeds and (seeds/f'{id}.npz').is_file():
         for c,m in zip(*load_seed(seeds/f'{id}.npz')):
-            grey = (m.astype(np.float32)*255).round().astype(np.uint8)                       # a 2-byte float is too new for it
+            grey = (m.astype(np.float32)*255).round().astype(np.uint8)     # a 2-byte float is too new for it
             out[f'map_{names[c]}'] = fo.Heatmap(map=grey, range=[0, 255])
     if ds.has_masks and (true := ds.mask(id)) is not None: out['truth'] = fo.Segmentation(mask=true)
     return out
