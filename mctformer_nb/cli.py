@@ -193,7 +193,7 @@ def plus_options(
     from mctformer_nb.core import need
     own = {k: getattr(a, k) for k in ('decay', 'contrast', 'repeat') if getattr(a, k, None) is not None}
     named = ', '.join(f'--{k}' for k in own)
-    need(a.variant=='plus' or not own, named, f'is for MCTformer+, not {a.variant}', 'Add --variant plus, or leave it out')
+    need(a.variant=='plus' or not own, named, f'is for MCTformer+, not {a.variant}', 'Add --variant plus')
     return own
 
 # %% ../nbs/60_cli.ipynb #7b28ffcb
