@@ -99,7 +99,7 @@ def main(a):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); A = p.add_argument
     A('--seeds', type=int, nargs='+', default=[0, 1, 2]); A('--parts', nargs='+', default=['planted', 'pseudo'], choices=['planted', 'pseudo']); A('--rows', nargs='+', default=list(NETWORKS), choices=list(NETWORKS))
-    A('--scenes', type=int, default=128); A('--unseen', type=int, default=64); A('--steps', type=int, default=240)
+    A('--scenes', type=int, default=128); A('--unseen', type=int, default=64); A('--steps', type=int, default=480)
     A('--fine-tune', action='store_true'); A('--epochs', type=int, default=16, help='with --fine-tune'); A('--clip-start', type=float, default=.6); A('--out', type=Path, default=Path('runs/retraining')); A('--json', type=Path)
     a = p.parse_args(); a.command = f'python experiments/retraining.py --parts {" ".join(a.parts)} --seeds {" ".join(map(str, a.seeds))}' + ' --fine-tune'*a.fine_tune
     main(a)
