@@ -1,5 +1,5 @@
 "ONNX files of networks, computed by onnxruntime and compared with torch; skipped where the extra is not installed (pip install onnx onnxruntime)"
-import json, re, subprocess, sys
+import json, os, re, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
@@ -57,6 +57,6 @@ def test_the_page_without_torch(tmp_path, root):
     assert cli.mct_convert(['packaged', '--onnx', str(tmp_path/'animals.onnx'), '--image-size', '320']) == 0
     (tmp_path/'cat.jpg').write_bytes((root/'mctformer_nb/data/cat.jpg').read_bytes())
     block = 'import sys\nfor m in ("torch", "torchvision", "timm", "fastai", "mctformer_nb"): sys.modules[m] = None\n'
-    r = subprocess.run([sys.executable, '-c', block+code], cwd=tmp_path, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-c', block+code], cwd=tmp_path, env=dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))), capture_output=True, text=True)
     assert r.returncode==0, r.stderr
     mask = np.asarray(Image.open(tmp_path/'mask.png')); assert mask.shape==Image.open(tmp_path/'cat.jpg').size[::-1] and (mask==8).mean()>.1 and 'cat' in r.stdout
