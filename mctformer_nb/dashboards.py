@@ -17,13 +17,16 @@ class CountOn(Callback):
     def before_train(self):
         if not self.learn.train_iter: self.learn.train_iter = self.epoch*len(self.dls.train)
 
-# %% ../nbs/53_dashboards.ipynb #72adab92
+# %% ../nbs/53_dashboards.ipynb #c82fad81
 class NumbersOnly:
-    "After a training batch: smoothed loss, and the learning rate of each group of parameters"
+    "Smoothed loss and learning rate of each group of parameters, batch by batch; metrics that were measured"
     def after_batch(self):
         if not self.training: return
         self.writer.add_scalar('train_loss', self.smooth_loss, self.train_iter)
         for i,h in enumerate(self.opt.hypers): self.writer.add_scalar(f'lr_{i}', h['lr'], self.train_iter)
+    def after_epoch(self):
+        for name,v in zip(self.recorder.metric_names[2:-1], self.recorder.log[2:-1]):
+            if v is not None: self.writer.add_scalar(name, v, self.train_iter)
 
 # %% ../nbs/53_dashboards.ipynb #dbcd7340
 DASHBOARDS = 'tensorboard', 'wandb'

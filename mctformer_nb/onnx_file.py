@@ -78,6 +78,7 @@ def write_onnx(
     run:str|Path|tuple|None, # as in `photo_network`
     path:str|Path, # file to write
     size:int|tuple=224, # side, or (height, width), of the photos in pixels
+    batch:int=1, # photos at once
     **maps, # of a classifier: kind, layers, refine, rule of `localize`
 ) -> AttrDict: # path, outputs, classes, size, megabytes
     "A run as an ONNX file; names and normalisation are in it. Raises `DataError`."
@@ -85,11 +86,11 @@ def write_onnx(
     (h, w), step = np.broadcast_to(size, 2).tolist(), getattr(net.net, 'patch_size', 1)
     need(min(h, w)>=step and h%step==w%step==0, f'size {h} x {w}', f'is not a multiple of the patch size {step}',
          f'Use for example {max(1, round(h/step))*step}')
-    photos = torch.zeros(2, h, w, 3, dtype=torch.uint8)
+    photos = torch.zeros(batch, h, w, 3, dtype=torch.uint8)
     with atomic_path(path) as p, warnings.catch_warnings(), torch.no_grad(), redirect_stdout(io.StringIO()):
         warnings.simplefilter('ignore')
         torch.onnx.export(net, (photos,), str(p), input_names=['photos'], output_names=list(net.outputs), dynamo=True,
-                          dynamic_shapes=({0: torch.export.Dim('photos', min=1)},), external_data=False)
+                          external_data=False)
         made = onnx.load(str(p))
         for k,v in dict(classes=json.dumps(list(names)), made_by='mctformer_nb').items():
             made.metadata_props.add(key=k, value=v)
@@ -110,5 +111,6 @@ def onnx_difference(
     net, _ = photo_network(run, maps)
     with torch.no_grad(): ours = net(torch.from_numpy(photos))
     ours = ours if isinstance(ours, tuple) else (ours,)
-    theirs = session.run(None, dict(photos=photos))
-    return {n: float(np.abs(a.numpy()-b).max()) for n,a,b in zip(net.outputs, ours, theirs)}
+    n = session.get_inputs()[0].shape[0]                                  # photos at once
+    theirs = [session.run(None, dict(photos=photos[i:i+n])) for i in range(0, len(photos), n)]
+    return {k: float(np.abs(a.numpy()-np.concatenate(b)).max()) for k,a,b in zip(net.outputs, ours, zip(*theirs))}
