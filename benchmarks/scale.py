@@ -58,7 +58,7 @@ def quality(a, report, root):
         name = f'{len(scales)} scale{"s"*(len(scales)>1)}'; extract_seeds(model, ds, root/f'q{name}', scales=scales, device='cpu', **wide); plain = sweep_threshold(root/f'q{name}', ds)
         for form in ('uint8', 'float16'):
             run_job(SeedJob(model, Shards(ds), root/f'q{name}{form}', wide, dict(scales=scales, device='cpu'), form=form)); s = sweep_threshold(root/f'q{name}{form}', ds)
-            report.add(f'{form}, {name}', {'mIoU plain': plain.best_miou, 'mIoU': s.best_miou, 'change of mIoU': s.best_miou-plain.best_miou, 'largest change at any threshold': abs(s.miou-plain.miou).max()})
+            report.add(f'{form}, {name}, {len(ds)} scenes of mini', {'mIoU plain': plain.best_miou, 'mIoU': s.best_miou, 'change of mIoU': s.best_miou-plain.best_miou, 'largest change at any threshold': abs(s.miou-plain.miou).max()})
 
 def timed(f): t, c = time.perf_counter(), time.process_time(); r = f(); return r, time.perf_counter()-t, time.process_time()-c
 def on_disk(folder): files = [p for p in Path(folder).rglob('*')]; return {'files and folders': len(files), 'MB on disk': sum(p.stat().st_blocks*512 for p in files)/2**20, 'MB': sum(p.stat().st_size for p in files)/2**20}
