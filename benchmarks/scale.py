@@ -1,6 +1,6 @@
 """Very many photos: one file a photo against shards, from the list of files to the score.
 
-    python benchmarks/scale.py [--parts quality both all] [--photos 100000] [--old 5000] [--shard-size 2000] [--threads 1] [--json results/scale.json]
+    python benchmarks/scale.py [--parts quality plan both all] [--photos 100000] [--old 5000] [--shard-size 2000] [--threads 1] [--json results/scale.json]
 
 Small drawn photos with masks, many copies of a few scenes, each a file of its own; a tiny network with random weights, so that what is left is the cost of everything else. `before` lists a folder,
 opens every header, writes a seed at photo size for every photo and reads them all to score them. `after` makes a manifest, and each shard keeps its maps at the patch grid and counts its
@@ -58,7 +58,7 @@ def quality(a, report, root):
         name = f'{len(scales)} scale{"s"*(len(scales)>1)}'; extract_seeds(model, ds, root/f'q{name}', scales=scales, device='cpu', **wide); plain = sweep_threshold(root/f'q{name}', ds)
         for form in ('uint8', 'float16'):
             run_job(SeedJob(model, Shards(ds), root/f'q{name}{form}', wide, dict(scales=scales, device='cpu'), form=form)); s = sweep_threshold(root/f'q{name}{form}', ds)
-            report.add(f'{form}, {name}', {'mIoU plain': plain.best_miou, 'mIoU': s.best_miou, 'change of mIoU': s.best_miou-plain.best_miou, 'largest change at any threshold': abs(s.miou-plain.miou).max()})
+            report.add(f'{form}, {name}, {len(ds)} scenes of mini', {'mIoU plain': plain.best_miou, 'mIoU': s.best_miou, 'change of mIoU': s.best_miou-plain.best_miou, 'largest change at any threshold': abs(s.miou-plain.miou).max()})
 
 def timed(f): t, c = time.perf_counter(), time.process_time(); r = f(); return r, time.perf_counter()-t, time.process_time()-c
 def on_disk(folder): files = [p for p in Path(folder).rglob('*')]; return {'files and folders': len(files), 'MB on disk': sum(p.stat().st_blocks*512 for p in files)/2**20, 'MB': sum(p.stat().st_size for p in files)/2**20}
@@ -87,6 +87,19 @@ def after(a, report, spec, n, root, old=None):
     for k,mb in seen[::max(1, len(seen)//20)]: report.add(f'memory after {min(n, k*a.shard_size)} of {n} photos', {'MB held': mb})
     return data
 
+def plan(a, report, root):
+    "From a manifest to the first batch: no photo is opened, so the rows alone are written"
+    import json, pyarrow as pa, pyarrow.parquet as pq
+    from mctformer_nb.manifest import ROWS, PhotoRow, manifest_schema
+    n, schema = 300 if a.quick else 100_000, manifest_schema(); about = dict(version=1, classes=mini_classes(), notes=[], binary=False, colours=[], source='', splits=dict(train=[0, n]), has_masks=False)
+    with pq.ParquetWriter(root/'rows.parquet', schema) as w:
+        for i in range(0, n, ROWS): w.write_table(pa.Table.from_pylist([vars(PhotoRow(f'{j:07d}', f'photos/{j:07d}.jpg', 500, 375-j%3*75, [j%8])) for j in range(i, min(n, i+ROWS))], schema))
+        w.add_key_value_metadata(dict(mctformer_nb=json.dumps(about)))
+    data = f'manifest:{root}/rows.parquet'
+    def shard(): return plan_batches(Shards(data, size=a.shard_size).dataset(0), 16)
+    def whole(): return plan_batches(get_dataset(data), 16)
+    for what,f in (('shards', shard), ('all photos at once', whole)): (b, bad), t, c = timed(f); assert b and not bad; report.add(f'plan of {n} photos, {what}', {'seconds before the first batch': t, 'CPU seconds before the first batch': c})
+
 def workers(a, report, data, n, root, w):
     "Seconds of `w` processes that claim shards of the same job; their start is left out"
     env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'); out = root/f'workers{w}'
@@ -108,6 +121,7 @@ def main(a):
     with tempfile.TemporaryDirectory() as d:
         root = Path(d)
         if 'quality' in a.parts: quality(a, report, root)
+        if 'plan' in a.parts: plan(a, report, root)
         if 'both' in a.parts:
             spec = draw(root, a.old, 'old_photos'); s = before(a, report, spec, a.old); data = after(a, report, spec, a.old, root, s)
             files = [workers(a, report, data, a.old, root, w) for w in (1, 2)]; assert files[0]==files[1]                     # byte for byte
@@ -118,5 +132,5 @@ if __name__ == '__main__':
     if sys.argv[1:2]==['--worker']: worker(*sys.argv[2:]); sys.exit()
     p = parser(__doc__, 1); A = p.add_argument
     A('--photos', type=int, default=100_000); A('--old', type=int, default=5000, help='of these, in both ways'); A('--shard-size', type=int, default=2000); A('--scenes', type=int, default=200, help='of mini, for the quality')
-    A('--parts', nargs='+', default=['quality', 'both', 'all'], choices=['quality', 'both', 'all'])
+    A('--parts', nargs='+', default=['quality', 'plan', 'both', 'all'], choices=['quality', 'plan', 'both', 'all'])
     main(p.parse_args())

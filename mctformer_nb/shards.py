@@ -65,9 +65,8 @@ def claim(
         except (DataError, FileNotFoundError):                                 # held, or just given back
             yield False
             return
-        try: yield True
-        finally:
-            with suppress(OSError): mark.rmdir()
+        yield True
+        with suppress(OSError): mark.rmdir()                                   # after an error `folder_lock` does it
 
 # %% ../nbs/81_shards.ipynb #a56678a3
 def do_shards(
