@@ -583,7 +583,7 @@ def convert_to_onnx(
     "A run as an ONNX file"
     from mctformer_nb.onnx_file import write_onnx
     a.outcome = r = write_onnx(None if a.reference=='packaged' else a.reference, a.onnx, a.image_size)
-    print(f'done in {elapsed(a)}: {r.path}, {r.megabytes} MB; in: photos, uint8 (B,{r.size[0]},{r.size[1]},3); out: '
+    print(f'done in {elapsed(a)}: {r.path}, {r.megabytes} MB; in: photos, uint8 (1,{r.size[0]},{r.size[1]},3); out: '
           f'{", ".join(r.outputs)} of {len(r.classes)} classes')
 
 # %% ../nbs/60_cli.ipynb #20cf4b38

@@ -119,8 +119,8 @@ def mct_pick(a):
 @command('mct_app', 'mct_app --run runs/mine --port 8000', args=[
     arg('--run', metavar='RUN',
         help='run folder of mct_train or mct_segment_train (default: the network in the package)'),
-    arg('--host', default='127.0.0.1',
-        help='address; 0.0.0.0 lets other computers in (default: 127.0.0.1, this one only)'),
+    arg('--host', default='127.0.0.1', metavar='ADDRESS',
+        help='0.0.0.0 lets other computers in (default: 127.0.0.1, this one only)'),
     arg('--port', type=number(int, 1, 65535), default=7860, help='of the page (default: 7860)')])
 def mct_app(a):
     "A page on this computer: drop a photo, see scores, maps and mask, turn sliders, download the mask. Ctrl-C ends it."
