@@ -31,11 +31,13 @@ def plan_batches(
     pixels:int=512**2, # of a view that so many share a batch with; of larger ones fewer do
 ) -> tuple: # [[id]] in the order of the data set, and [(id, problem)] of photos without a readable header
     "Photos whose views have the same sizes, in batches"
-    groups, bad = {}, []
+    groups, bad, large = {}, [], []
     for i,id in enumerate(progress(ds.ids, 'sizes')):
         size = attempt(ds.size, id, errors=Exception)
         if isinstance(size, Exception): bad.append((id, describe_error(size)))
-        else: groups.setdefault(view_sizes(size, patch, views), []).append((i, id))
+        elif not views.image_size and views.longest and max(size)>views.longest: large.append(id)
+        if not isinstance(size, Exception): groups.setdefault(view_sizes(size, patch, views), []).append((i, id))
+    if large: print(f'{len(large)} photos of over {views.longest} pixels are seen smaller (--longest): {large[0]} ...')
     def fit(sizes): return max(1, min(batch_size, batch_size*pixels//max(h*w for h,w in sizes)))
     batches = [g[j:j+n] for sizes,g in groups.items() for n in (fit(sizes),) for j in range(0, len(g), n)]
     return [[id for _,id in b] for b in sorted(batches)], bad
@@ -185,13 +187,9 @@ def extract_kinds(
             maps in wanted.items()]
     kinds, other = [{k: out.settings[k] for k in ('kind', 'layers', 'refine', 'rule')} for out in outs], how.affinity
     patch, spec, device = model.patch_size, input_spec(model), torch.device(local_device(how.device))
-    batches, bad = plan_batches(ds, patch, views, max(1, how.batch_size))
-    large = []
+    batches, bad = plan_batches(ds, patch, views, max(1, how.batch_size))         # says which photos are seen smaller
     def read(id):
         image = ds.image(id)
-        if not (large or views.image_size) and views.longest and max(image.size) > views.longest:
-            large.append(id)
-            print(f'photos of more than {views.longest} pixels are seen smaller (--longest), the first is {id}', flush=True)
         x, planned = photo_views(image, patch, views, spec), view_sizes(ds.size(id), patch, views)
         need(all(v.shape[-2:] == s for v,s in zip(x, planned)), id,
              f'the photo is {image.size}, its header says otherwise', 'Save it again')
