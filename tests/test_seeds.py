@@ -113,7 +113,7 @@ def test_large_photos_are_said(tmp_path, capfd):
     from mctformer_nb.seeds import plan_batches
     ds = make_folder(tmp_path/'data', {f'{n}.png': noise((120, 90)) for n in 'abcd'})
     assert extract_seeds(make_model(), ds, tmp_path/'out', longest=60, device='cpu').written == 4 and load_seed(tmp_path/'out/a.npz')[1].shape[1:] == (90, 120)
-    assert capfd.readouterr().out.count('photos of more than 60 pixels are seen smaller (--longest), the first is') == 1
+    assert capfd.readouterr().out.count('4 photos of over 60 pixels are seen smaller (--longest): a ...') == 1
     extract_seeds(make_model(), ds, tmp_path/'whole', longest=None, device='cpu'); assert 'smaller' not in capfd.readouterr().out
     assert [len(b) for b in plan_batches(ds, 8, batch_size=4, pixels=6000)[0]] == [2, 2]
 
