@@ -367,7 +367,8 @@ def train_affinity(
 ) -> Path: # the run folder
     "Train an AffinityNet into a run folder, or go on with the run that is there. Raises `DataError`."
     (run, load, fit, net), (files, missing) = affinity_options(recipe, options), find_label_files(labels, ds)
-    log, some = noop if rank() else run.log, f"{', '.join(missing[:10])}{' ...'*(len(missing) > 10)}"
+    log, told = noop if rank() else run.log, getattr(ds, 'understood', '')
+    some = f"{', '.join(missing[:10])}{' ...'*(len(missing) > 10)}"
     if missing: log(f'{labels}: no labels for {len(missing)} of {len(ds)} images, left out: {some}')
     settings = {k: plain(v) for k,v in (load | fit | net | dict(pretrained=pretrained)).items() if k!='workers'}
     settings |= dict(data=data_fingerprint(ds.subset(list(files))), labels=labels_fingerprint(labels, files))
@@ -375,8 +376,7 @@ def train_affinity(
         model = AffinityNet(pretrained=pretrained if start else False, **net)
         dls = affinity_loaders(ds, labels, seed, local_device(run.device), model.input_spec, **load)
         held, size = len(getattr(dls.valid, 'dataset', ())), sum(p.numel() for p in model.parameters())/1e6
-        log(f"{out}: {settings['data']}, {held} held out; {size:.1f} M parameters on {dls.device}")
-        if hasattr(ds, 'understood'): log(ds.understood)
+        log(f"{out}: {settings['data']}, {held} held out; {size:.1f} M parameters on {dls.device}\n{told}")
         return affinity_learner(dls, model, **fit).add_cbs(run.cbs or ())
     noted = dict(classes=list(ds.classes), crop=load['crop'], train=settings | dict(epochs=epochs, seed=seed))
     return fit_run(out, epochs, settings, make, save_affinity, noted, seed=seed, fresh=run.fresh, log=run.log)

@@ -7,8 +7,9 @@ __all__ = ['FROZEN_RECIPE', 'PLUS_RECIPE', 'PLUS_MAPS', 'RECIPE', 'LOG', 'TRAIN_
            'SCALE_ARGS', 'SCORE_ARGS', 'CONVERT_ARGS', 'mct_demo', 'mct_prepare_voc', 'quick_recipe', 'default_recipe',
            'fill_recipe', 'training_callbacks', 'report_training', 'train_without_training', 'follow_run',
            'plus_options', 'hinted_maps', 'mct_train', 'check_classes', 'by_shards', 'tried_precision',
-           'affinity_network', 'hint_after_seeds', 'with_heads', 'mct_seeds', 'find_results', 'split_to_train',
-           'scored_data', 'mct_score', 'mct_report', 'mct_info', 'class_list', 'convert_to_onnx', 'mct_convert']
+           'affinity_network', 'photo_fit', 'hint_after_seeds', 'with_heads', 'mct_seeds', 'find_results',
+           'split_to_train', 'scored_data', 'mct_score', 'mct_report', 'mct_info', 'class_list', 'convert_to_onnx',
+           'mct_convert']
 
 # %% ../nbs/60_cli.ipynb #c7d817f5
 import argparse, shlex
@@ -207,16 +208,17 @@ def train_without_training(
 # %% ../nbs/60_cli.ipynb #f0110412
 def follow_run(
     a:argparse.Namespace, # parsed arguments of `mct_train`, changed in place
-):
+) -> argparse.Namespace: # the same
     "Variant, backbone and image size of the run that is trained further, where others are not given"
     file = Path(a.pretrained)/'config.json' if isinstance(a.pretrained, str) else None
-    if not file or not file.is_file(): return
+    if not file or not file.is_file(): return a
     from mctformer_nb.core import need, read_json
     cfg = read_json(file)
     known = isinstance(cfg, dict) and cfg.get('variant') not in (None, 'frozen')
     need(known, a.pretrained, 'is no run that can be trained further', 'Give one of mct_train with a --variant')
     for k in ('variant', 'backbone', 'image_size'):
         if getattr(a, k) is None: setattr(a, k, cfg.get(k))
+    return a
 
 # %% ../nbs/60_cli.ipynb #f78cc664
 def plus_options(
@@ -250,8 +252,7 @@ def mct_train(a):
     from mctformer_nb.train import train_classifier
     import mctformer_nb.baselines, mctformer_nb.plus      # add their variants
     if a.variant=='cam' and not a.backbone: a.backbone = 'resnet50'
-    a.recipe = a.recipe or default_recipe(a)
-    follow_run(a)
+    a.recipe = follow_run(a).recipe or default_recipe(a)
     if a.recipe=='frozen' and a.variant not in ('v1', 'v2'): return train_without_training(a, device)
     a.variant = a.variant or ('plus' if a.recipe=='plus' else 'v2')
     fill_recipe(a, 'train',
@@ -289,8 +290,7 @@ SEED_ARGS = [
     arg('--run', required=True, metavar='RUN', help='run folder of mct_train or mct_convert'),
     arg('--out', metavar='DIR',
         help='folder of seed files, several splits may share it: --split train,val (default: RUN/seeds)'),
-    arg('--recipe', choices=['reference'],
-        help='photos as the published run takes them: --fit cut --longest 0 (all else is as published by default)'),
+    arg('--recipe', choices=['reference'], help='photos as in the published run: --fit cut --longest 0'),
     arg('--kind', choices=['attn', 'patchcam', 'fused', 'heads', 'tscam', 'tscam*', 'cam', 'logits'],
         help='which map; heads: each head weighed (default: fused for V2, attn for V1 and vit, tscam, cam for those)'),
     arg('--layers', type=layer_count, default=3, metavar='K', help='last layers to fuse, a number or all (default: 3)'),
@@ -302,8 +302,7 @@ SEED_ARGS = [
     arg('--no-flip', action='store_true', help='leave out the mirror images'),
     arg('--image-size', type=number(int, 1, 4096), metavar='N',
         help="shorter side in pixels at scale 1 (default: the photo's own)"),
-    arg('--longest', type=number(int, 0), metavar='N',
-        help='longer side to which larger photos are reduced, 0: never (default: 1024)'),
+    arg('--longest', type=number(int, 0), metavar='N', help='longer side of larger photos, 0: any (default: 1024)'),
     arg('--fit', choices=['round', 'cut', 'square'],
         help='to whole patches: resize to the nearest, or cut off the rest as the reference does (default: round)'),
     arg('--batch-size', type=number(int, 1), default=8, help='photos a batch (default: 8)'),
@@ -378,6 +377,14 @@ def affinity_network(
     vit = affinity_vit(a.affinity, a.affinity_weights)
     return OtherAffinity(vit, a.affinity_size, a.affinity_layers, a.affinity_norm, a.affinity_power)
 
+# %% ../nbs/60_cli.ipynb #f17f0700
+def photo_fit(
+    a:argparse.Namespace, # parsed arguments of `mct_seeds`
+) -> dict: # fit and longest of `Views`
+    "How photos become views: as given, else as the recipe has it"
+    fit, longest = ('cut', 0) if a.recipe else ('round', 1024)
+    return dict(fit=a.fit or fit, longest=(longest if a.longest is None else a.longest) or None)
+
 # %% ../nbs/60_cli.ipynb #b080c169
 def hint_after_seeds(
     a:argparse.Namespace, # parsed arguments of `mct_seeds`
@@ -425,12 +432,8 @@ def mct_seeds(a):
     set_seed(a.seed)
     if a.kind=='heads': model = with_heads(a, model, config, data[0])
     other, frozen = affinity_network(a), config['variant']=='frozen' and not (a.kind or a.no_self_train)
-    published = dict(fit='cut', longest=0) if a.recipe else dict(fit='round', longest=1024)
-    for k,v in published.items():
-        if getattr(a, k) is None: setattr(a, k, v)
-    same = 'kind layers rule scales batch_size image_size fit labels label_threshold precision compete'
-    options = {k: getattr(a, k) for k in same.split()} | dict(refine=not a.no_refine, flip=not a.no_flip,
-                                                              longest=a.longest or None)
+    same = 'kind layers rule scales batch_size image_size labels label_threshold precision compete'
+    options = {k: getattr(a, k) for k in same.split()} | photo_fit(a) | dict(refine=not a.no_refine, flip=not a.no_flip)
     if a.precision=='auto': options['precision'] = tried_precision(model, device)
     if sharded: return later_room('cli_scale').seeds_by_shards(a, config, dict(options, affinity=other, device=device))
     for ds in data:
@@ -609,9 +612,8 @@ def mct_convert(a):
     a.out = a.out or Path('runs')/Path(a.reference).stem
     free = a.overwrite or not (Path(a.out)/'model.safetensors').exists()
     need(free, a.out, 'holds a model already', 'Choose another folder, or pass --overwrite')
-    own = Path(a.reference).name=='model.safetensors' and Path(a.reference).with_name('config.json').is_file()
-    need(not own, a.reference, 'belongs to a run of this package, which needs no conversion',
-         f'Use it as it is: --run {Path(a.reference).parent}')
+    need(Path(a.reference).name!='model.safetensors', a.reference, 'belongs to a run of this package',
+         f'Use it without a conversion: --run {Path(a.reference).parent}')
     model = load_reference(a.reference)
     n = model.num_classes
     names = class_list(a.classes) if a.classes else VOC_CLASSES if n==20 else [f'class {i}' for i in range(n)]

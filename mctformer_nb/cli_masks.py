@@ -26,6 +26,9 @@ def report_stage(
     r.bad = [*getattr(ds, 'bad', ()), *r.bad]
     a.outcome = r
     print(f'done in {elapsed(a)}: {r.written} {what} written to {r.folder}, {r.skipped} were there')
+    if what=='masks' and getattr(ds, 'has_masks', False):
+        judged = 'train' if a.split=='trainaug' else a.split                    # the paper scores them on `train`
+        print(f'score: mct_score --pred {shlex.quote(str(a.out))} --data {shlex.quote(a.data)} --split {judged}')
     return report_bad(r.bad)
 
 # %% ../nbs/61_cli_masks.ipynb #7049772f
@@ -245,9 +248,6 @@ def mct_masks(a):
         how |= dict(workers, workers=a.workers or 4, device=check_device(a.device))
         r = make_masks(a.seeds, load_affinity(a.affinity)[0], ds, a.out, **given, **how)
     status = report_stage(a, r, 'masks', ds)
-    if ds.has_masks:
-        judged = 'train' if a.split=='trainaug' else a.split       # the paper scores them on `train`
-        print(f'score: mct_score --pred {shlex.quote(str(a.out))} --data {shlex.quote(a.data)} --split {judged}')
     if not status: hint(a, 'mct_segment_train', masks=a.out, data=a.data, split=a.split)
     return status
 

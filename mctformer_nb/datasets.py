@@ -410,8 +410,8 @@ def folder_dataset(
     "Photos with image-level labels in any form that `find_labels` knows; `DataError` names file, line and fix"
     root, bad, notes = Path(path).expanduser(), _problems(on_bad), []
     need(root.is_dir(), root, 'there is no such folder', 'Give the folder that holds images/ and labels.csv')
-    inside = root.name=='images' and not (root/'images').is_dir()
-    need(not inside, root, 'holds no folder images/', f'Give the folder around it: folder:{root.parent}')
+    around = root.name!='images' or (root/'images').is_dir()
+    need(around, root, 'holds no folder images/', f'Give the folder around it: folder:{root.parent}')
     photos = find_photos(root/'images', bad)
     index, names = PhotoIndex(photos, root/'images'), root/'classes.txt'
     labels = find_labels(root, index, read_class_names(names, notes) if names.is_file() else None, bad)

@@ -100,8 +100,7 @@ def find_masks(
     have = [id for id,f in files if (ds.has_masks if f is None else f.is_file())]
     none = f'none of the {len(ds)} images of {ds.name} ({ds.split}) has a mask here, <id>.png'
     fix = 'These are seeds: make masks of them with mct_masks' if not truth and any(where.glob('*.npz')) else 'Check it'
-    if truth: where, none = ds.name, f'no image of the split {ds.split} has a mask'
-    if truth: fix = 'Give the folder of pseudo masks'
+    if truth: none, fix = 'it has no masks', 'Give a folder of pseudo masks'
     need(have, where, none, fix)
     return have, sorted(set(ds.ids)-set(have))
 
@@ -351,15 +350,15 @@ def describe_training(
 
 # %% ../nbs/41_deeplab.ipynb #c0un7ed0
 def look_at_masks(
-    ds:Dataset, # photos that have a mask
+    ds:Dataset, # photos, of which some have a mask
     masks:str|Path=None, # see `find_masks`
     on_bad:str='raise', # as in `Samples`
     n:int=200, # most masks to look at
 ) -> str: # a line for every thing to know
     """In how many masks each class is, and how files were read. Raises `DataError` if no class has a pixel, or if masks
     and image labels contradict each other."""
-    fix, given = 'Draw the objects, or take another split', masks not in (None, 'ground truth')
-    if given:
+    fix, ds = 'Draw the objects, or take another split', ds.subset(find_masks(ds, masks)[0])
+    if masks not in (None, 'ground truth'):
         ds = replace(ds, name=str(masks), get_mask=partial(read_mask_file, Path(masks), len(ds.classes)))
         fix = 'Look at some of them; if all is background, make them with a lower background score'
     counts = ds.check_masks(n, on_bad, fix)
@@ -382,14 +381,12 @@ def train_segment(
     run = dict(log=partial(print, flush=True)) | {k: options.pop(k) for k in ('fresh', 'log') if k in options}
     (load, learning, net, settings), learners = segment_options(options | dict(pretrained=pretrained)), []
     settings |= dict(data=masks_fingerprint(ds, masks), valid=valid and masks_fingerprint(valid))
-    said = look_at_masks(ds.subset(find_masks(ds, masks)[0]), masks, load['on_bad'])
-    if valid: look_at_masks(valid.subset(find_masks(valid)[0]), None, load['on_bad'])
+    said, _ = look_at_masks(ds, masks, load['on_bad']), valid and look_at_masks(valid, None, load['on_bad'])
     def make(start): # weights of the backbone are fetched only at the start
         model = segment_network(len(ds.classes), **net | ({} if start else dict(pretrained=False)))
         dls = segment_loaders(masks, ds, valid, **load, seed=seed, device=local_device(device), spec=model.input_spec)
         for line in [] if rank() else [*describe_training(dls, model), said]: run['log'](f'{out}: {line}')
-        learners.append(segment_learner(dls, model, **learning))
-        return learners[-1]
+        return learners.append(segment_learner(dls, model, **learning)) or learners[-1]
     def save(model, folder, **config):
         save_segment(model, folder, **config, iou=valid and learners[-1].metrics[0].named(ds.classes))
     config = dict(classes=list(ds.classes), crop=load['crop'], image_size=load['image_size'], train=settings)

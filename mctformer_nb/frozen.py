@@ -9,6 +9,7 @@ __all__ = ['STRENGTHS', 'RUN_FILES', 'frozen_network', 'load_frozen', 'frozen_pr
 
 # %% ../nbs/16_frozen.ipynb #d5710713
 import hashlib, shutil, time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, timm, torch, torch.nn.functional as F
@@ -245,11 +246,13 @@ def labels_digest(
 # %% ../nbs/16_frozen.ipynb #ab31c9d2
 def labelled(
     ds:Dataset, # any
+    log:Callable=lambda text: None, # receives how the files were understood
 ) -> Dataset: # fewer images
     "The images whose labels are known, among them those that show no class. Raises `DataError` if none shows one."
     known = ds.subset([id for id in ds.ids if ds.is_labelled(id)])
     need(known.targets().any(), f'{ds.name} ({ds.split})', f'none of the {len(ds)} images has a label',
          'Check the labels or take another split')
+    log(ds.understood)
     return known
 
 # %% ../nbs/16_frozen.ipynb #f4ef3998
@@ -264,18 +267,16 @@ def train_frozen(
     **options, # device; precision; keep: leave the features in `out/features`; log; fresh: throw away `out`
 ) -> Path: # the run folder
     "A linear layer on the features of a frozen network, as a run folder. Raises `DataError`."
-    start, out, log, device = time.time(), Path(out), options.get('log',
-                                                                  partial(print, flush=True)), options.get('device')
+    start, out, device = time.time(), Path(out), options.get('device')
+    log = options.get('log', partial(print, flush=True))
     settings = dict(recipe='frozen', backbone=backbone, pretrained=plain(pretrained), image_size=image_size,
                     strength=strength,
                     data=labels_digest(ds), valid=valid and labels_digest(valid))
     with folder_lock(out):
         if options.get('fresh'): [(out/f).unlink(missing_ok=True) for f in RUN_FILES]
         if is_finished(out, settings):
-            log(f'{out}: finished, nothing to do. Use --fresh to train again.')
-            return out
-        log(f"{out}: {settings['data']}\n{ds.understood}")
-        ds, valid = labelled(ds), valid and labelled(valid)
+            return log(f'{out}: finished, nothing to do. Use --fresh to train again.') or out
+        ds, valid = labelled(ds, log), valid and labelled(valid)
         model = FrozenCAM(len(ds.classes), backbone, pretrained)
         pool = lambda part, name: pooled_features(model.net, part, out/'features'/name, image_size, device=device,
                                                    precision=options.get('precision', 'auto'))

@@ -196,8 +196,8 @@ def start_from_run(
     folder:str|Path, # run folder, of the same variant and backbone
     classes:list, # names of the model's classes, in order
 ) -> nn.Module: # the same
-    """Weights of a run: classes of the same name keep token and head; of new ones the token is the mean of the old
-    ones, and the head as it was. Raises `DataError`."""
+    """Weights of a run: classes of the same name keep their token and head; of new ones the token is the mean of the
+    old ones, and the head as it was. Raises `DataError`."""
     old, cfg = load_run(folder, kind='classifier')
     sd, own = old.state_dict(), model.state_dict()
     for k in [k for k in own if k in sd]:

@@ -193,8 +193,8 @@ def _find_files(folder, ds, suffix, skip_missing):
     need(found, where, f'has none {of} of the data set', 'Check folder and split')
     some = ', '.join(map(str, lost[:5])) + ', ...'*(len(lost)>5)
     problem = f'{len(lost)} {of} are missing ({some})'
-    need(skip_missing or not lost, where, problem,
-         'Check data and split, write them, or leave them out (--skip-missing, skip_missing=True)')
+    fix = 'Check data and split, write them, or leave them out (--skip-missing, skip_missing=True)'
+    need(skip_missing or not lost, where, problem, fix)
     return found, lost
 
 # %% ../nbs/23_scores.ipynb #61e4b751

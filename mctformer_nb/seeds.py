@@ -9,7 +9,7 @@ __all__ = ['plan_batches', 'batch_maps', 'maps_to_photo', 'compete_maps', 'finis
 
 # %% ../nbs/22_seeds.ipynb #353dbe4d
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -34,11 +34,13 @@ def plan_batches(
     pixels:int=512**2, # of a view that so many share a batch with; of larger ones fewer do
 ) -> tuple: # [[id]] in the order of the data set, and [(id, problem)] of photos without a readable header
     "Photos whose views have the same sizes, in batches"
-    groups, bad = {}, []
+    groups, bad, large = {}, [], []
     for i,id in enumerate(progress(ds.ids, 'sizes')):
         size = attempt(ds.size, id, errors=Exception)
         if isinstance(size, Exception): bad.append((id, describe_error(size)))
-        else: groups.setdefault(view_sizes(size, patch, views), []).append((i, id))
+        elif not views.image_size and views.longest and max(size)>views.longest: large.append(id)
+        if not isinstance(size, Exception): groups.setdefault(view_sizes(size, patch, views), []).append((i, id))
+    if large: print(f'{len(large)} photos of over {views.longest} pixels are seen smaller (--longest): {large[0]} ...')
     def fit(sizes): return max(1, min(batch_size, batch_size*pixels//max(h*w for h,w in sizes)))
     batches = [g[j:j+n] for sizes,g in groups.items() for n in (fit(sizes),) for j in range(0, len(g), n)]
     return [[id for _,id in b] for b in sorted(batches)], bad
@@ -185,7 +187,6 @@ class SeedNet:
     patch:int # patch size
     spec:object # `InputSpec` of the network
     device:torch.device # where it is
-    smaller:list=field(default_factory=list) # the first photo that is reduced to `longest`, once it was told
 
 # %% ../nbs/22_seeds.ipynb #f4215c9a
 @patch
@@ -194,10 +195,7 @@ def read(self:SeedNet,
     id:str, # of one
 ) -> AttrDict: # x: views, one a scale (1 or 2,3,h,w); own: what the other network sees; size (H,W); classes
     "A photo as the network wants it. Raises `DataError` if it is not of the size that was planned with."
-    image, size, other, longest = ds.image(id), ds.size(id), self.choice.affinity, self.views.longest
-    if longest and not self.views.image_size and max(image.size) > longest and not self.smaller:
-        self.smaller.append(id)
-        print(f'photos of more than {longest} pixels are seen smaller (--longest), the first is {id}', flush=True)
+    image, size, other = ds.image(id), ds.size(id), self.choice.affinity
     x, planned = photo_views(image, self.patch, self.views, self.spec), view_sizes(size, self.patch, self.views)
     need(all(v.shape[-2:] == s for v,s in zip(x, planned)), id,
          f'the photo is {image.size}, its header or manifest says {size}', 'Save it, or make the manifest, again')
