@@ -311,7 +311,8 @@ def build_vit(
     if isinstance(backbone, str):
         args = dict(num_classes=0, drop_path_rate=drop_path, **kwargs)
         if not is_vit(backbone):
-            with torch.device('meta'): check_vit(create_backbone(backbone, **args), backbone)  # nothing fetched yet
+            # nothing is fetched yet, and a CNN would not know what a ViT is told
+            with torch.device('meta'): check_vit(create_backbone(backbone, num_classes=0), backbone)
         vit = check_vit(create_backbone(backbone, pretrained is True, **args), backbone)
     else:
         need(pretrained is not True, 'backbone', 'an instance has no name to find weights by',
