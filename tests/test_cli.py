@@ -3,7 +3,7 @@ import json, os, re, shlex, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
-from mctformer_nb import cli, cli_masks, cli_tools
+from mctformer_nb import cli, cli_masks, cli_scale, cli_tools
 from mctformer_nb.mini import draw_scene, mini_classes
 
 COMMANDS = ['mct_demo', 'mct_prepare_voc', 'mct_train', 'mct_seeds', 'mct_score', 'mct_report', 'mct_info', 'mct_convert']
@@ -263,7 +263,7 @@ def test_every_command_that_is_told_is_understood(monkeypatch, capsys):
     def parse(p, argv, body): parsers[p.prog] = p; p.parse_args(argv); return 0
     monkeypatch.setattr('mctformer_nb.command.run_command', parse)
     def understood(line):
-        name, *argv = shlex.split(line, comments=True); command = next(getattr(m, name) for m in (cli, cli_masks, cli_tools) if hasattr(m, name))
+        name, *argv = shlex.split(line, comments=True); command = next(getattr(m, name) for m in (cli, cli_masks, cli_tools, cli_scale) if hasattr(m, name))
         try: return command(argv) == 0
         except SystemExit as e: return e.code == 0
     lines = list(told()); assert len(lines) > 40

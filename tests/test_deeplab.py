@@ -84,7 +84,7 @@ def test_other_masks_are_refused(data, undisturbed, tmp_path):
 @pytest.mark.parametrize('mask, problem', [(np.zeros((9, 9), np.uint8), 'the mask is 9 x 9, its photo 56 x 40'), (np.full((40, 56), 2, np.uint8), 'holds mask value 2, but there are 1 classes')])
 def test_bad_masks(data, tmp_path, capfd, mask, problem):
     ds = get_dataset(f'folder:{data}', 'all')
-    for id in ds.ids: save_mask(tmp_path/f'masks/{id}.png', np.zeros(ds.size(id)[::-1], np.uint8))
+    for id in ds.ids: save_mask(tmp_path/f'masks/{id}.png', np.tri(*ds.size(id)[::-1], dtype=np.uint8))
     save_mask(tmp_path/'masks/p00.png', mask)
     with pytest.raises(DataError, match=f'p00.png: {problem}'): train(data, tmp_path/'a', tmp_path/'masks', epochs=1, valid=None)
     train(data, tmp_path/'b', tmp_path/'masks', epochs=1, valid=None, on_bad='skip')
