@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE = 1
 
 help:
 	@echo "make demo      train on the embedded data, score the maps, write demo/report.html"
-	@echo "make test      notebooks clean and exported, README current, every notebook runs, pytest"
+	@echo "make test      notebooks clean and exported, README current, the paper's notebooks run, pytest"
 	@echo "make bench     speed and memory beside the published way, into results/bench.json"
 	@echo "make tables    the tables and figures of the paper on the embedded data, into results/ (hours)"
 	@echo "make docs      the web site, in _docs/"

@@ -337,3 +337,8 @@ def test_tests_named_on_the_page_of_real_inputs_exist():
     for row in rows:
         named = re.findall(r'`(test_\w+\.py::\w+)`', row.rsplit(' | ', 1)[1]); assert named, f'no test: {row}'
         assert not (lost := set(named)-there), f'no such test: {lost}'
+
+@pytest.mark.slow
+def test_notebooks_beside_the_story_run():
+    r = subprocess.run([sys.executable, 'tools/check.py', 'apart'], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0, r.stdout[-3000:]+r.stderr[-1000:]
