@@ -14,6 +14,7 @@ from PIL import Image
 from .attention import localize_image
 from .core import DataError, need, open_image, overlay, save_mask
 from .deeplab_net import DeepLab, shorter_side
+from .files import need_extra
 from .predict import class_probabilities, load_network
 from .scores import seed_to_mask
 from .views import input_spec, rgb_tensor, to_input
@@ -107,9 +108,7 @@ def answer(
 def gradio() -> object: # the module
     "gradio, which sends nothing anywhere. Raises `DataError` without it."
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
-    try: import gradio as gr
-    except ImportError: raise DataError('app', 'gradio is not installed', 'pip install "mctformer_nb[app]"') from None
-    return gr
+    return need_extra('gradio', 'app')
 
 # %% ../nbs/73_app.ipynb #79fa4adc
 def make_app(

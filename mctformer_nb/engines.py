@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from fastcore.basics import AttrDict
 from .core import need
-from .manifest import need_extra
+from .files import need_extra
 from .shards import SeedJob, SeedWorker, job_report, run_job, shards_done
 
 # %% ../nbs/82_engines.ipynb #5fa87ea0

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['IGNORED', 'LENGTH_BITS', 'FORMS', 'label_names', 'label_colours', 'photo_of', 'write_cvat', 'unpacked',
            'labelmap_values', 'read_cvat', 'pack_brush', 'unpack_brush', 'brush_results', 'write_label_studio',
-           'painted', 'read_label_studio', 'write_coco', 'read_coco', 'opencv', 'join_hole', 'outlines',
-           'fill_outlines', 'write_yolo', 'yolo_values', 'read_yolo', 'take_masks', 'Form', 'export_masks',
-           'import_masks']
+           'painted', 'read_label_studio', 'write_coco', 'read_coco', 'join_hole', 'outlines', 'fill_outlines',
+           'write_yolo', 'yolo_values', 'read_yolo', 'take_masks', 'Form', 'export_masks', 'import_masks']
 
 # %% ../nbs/70_hand_over.ipynb #ebfd764a
 import json, re, shutil, zipfile, zlib
@@ -22,6 +21,7 @@ from fastcore.basics import AttrDict
 from .core import DataError, atomic_path, describe_error, need, open_mask, progress, read_json, read_lines
 from .core import read_text, save_mask, voc_palette, write_json
 from .datasets import Dataset
+from .files import need_extra
 from .interchange import export_coco, id_of_file, read_coco_masks
 from .photos import noted, read_labelmap
 
@@ -254,14 +254,6 @@ def read_coco(
     "Masks of a COCO file. Raises `DataError`."
     for name,m in read_coco_masks(path, label_names(ds)): yield photo_of(ds, name, path), m
 
-# %% ../nbs/70_hand_over.ipynb #6753a234
-def opencv() -> object: # the module cv2
-    "OpenCV. Raises `DataError` without it."
-    try: import cv2
-    except ImportError:
-        raise DataError('outlines', 'need OpenCV, which is not installed', 'pip install "mctformer_nb[yolo]"') from None
-    return cv2
-
 # %% ../nbs/70_hand_over.ipynb #2094d089
 def join_hole(
     outline:np.ndarray, # (n,2) pixels x, y of an object's rim, in order
@@ -280,7 +272,7 @@ def outlines(
     region:np.ndarray, # bool (H,W)
 ) -> list: # of int (n,2): corners x, y, at least 3 of each connected part
     "Closed lines over pixels that enclose the region exactly"
-    cv2, found = opencv(), []
+    cv2, found = need_extra('cv2', 'yolo'), []
     lines, tree = cv2.findContours(np.asarray(region, np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     for i,line in enumerate(lines):
         if tree[0, i, 3]>=0: continue                                                     # a hole: it has a parent
@@ -297,7 +289,7 @@ def fill_outlines(
     size:tuple, # (H,W)
 ) -> np.ndarray: # bool (H,W)
     "Pixels on and inside of closed lines"
-    cv2, m = opencv(), np.zeros(size, np.uint8)
+    cv2, m = need_extra('cv2', 'yolo'), np.zeros(size, np.uint8)
     for line in lines: cv2.fillPoly(m, [np.asarray(line, np.int32)], 1)
     return m>0
 
