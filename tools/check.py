@@ -57,7 +57,7 @@ def check_run(jobs=2, timeout=600, apart=False):
     "Notebooks whose unflagged cells fail; `jobs` run at a time"
     os.chdir(root); flags, chosen = set(cfg.tst_flags.split()), [f for f in notebooks() if bool(APART.match(f.as_posix()))==apart]
     chosen.sort(key=lambda f: f.stem!='52_demo')            # it takes longest: begun last, the other jobs would wait for it
-    return [f'{f} failed' for f in nbrun.run_all(chosen, flags, timeout, check=True, jobs=jobs)]
+    return [f'{f} failed' for f in nbrun.run_all(chosen, flags, timeout, check_only=True, jobs=jobs)]
 
 PARTS = dict(clean=check_clean, export=check_export, readme=check_readme, run=check_run, apart=partial(check_run, apart=True))
 
