@@ -54,21 +54,26 @@ def run(name, **options):
     need(getattr(cli, name, getattr(cli_masks, name, None))(argv) == 0, name, 'ended with an error', 'See above')
     return time.time()-start
 
-MAPS = dict([('its attention', dict(kind='attn', no_refine=True)), ('its PatchCAM', dict(kind='patchcam', no_refine=True)), ('their product', dict(kind='fused', no_refine=True)),
-             ('its attention and affinity', dict(kind='attn')), ('the product and affinity', dict(kind='fused'))])
+V2_MAPS = {'its attention': dict(kind='attn', no_refine=True), 'its PatchCAM': dict(kind='patchcam', no_refine=True), 'their product': dict(kind='fused', no_refine=True),
+           'its attention and affinity': dict(kind='attn'), 'the product and affinity': dict(kind='fused'), 'heads weighed by what was learnt': dict(kind='heads')}
+PLUS_MAPS = {'MCTformer+, its attention': dict(kind='attn', no_refine=True, rule='plus'), 'MCTformer+, its attention and affinity': dict(kind='attn', rule='plus'),
+             'MCTformer+, the product and affinity': dict(kind='fused', rule='plus'), 'MCTformer+, heads weighed by what was learnt': dict(kind='heads')}
 
 def tokens(a, ds):
-    "Class tokens of a frozen ViT-S (MCTformer-V2), maps of its last two blocks"
+    "Class tokens of a frozen ViT-S, as MCTformer-V2 and as MCTformer+; maps of its last two blocks, or of all heads as adaptive attention fusion weighs them"
     for seed in range(a.draws):
-        root, out = a.out/f'draw{seed}', a.out/f'draw{seed}_tokens'; write_folder(ds, draw(ds, seed), root)
+        root = a.out/f'draw{seed}'; write_folder(ds, draw(ds, seed), root)
         common = dict(data=f'folder:{root}'); folder = get_dataset(common['data']); truth = Truth(ds, folder)
-        seconds = run('mct_train', recipe='frozen', variant='v2', pretrained=a.affinity_weights, out=out/'run', **common)
-        for i,(name,how) in enumerate(MAPS.items()):
-            run('mct_seeds', run=out/'run', out=out/f'seeds{i}', layers=2, image_size=224, **how, **common)
-            best, fixed = sweep_threshold(out/f'seeds{i}', truth), fixed_threshold(out/f'seeds{i}', truth, .4)
-            yield [new_record('photos60 tokens', name, v, m, 'VOC animals, 60 photos', seed=seed, command='python experiments/photos60.py --tokens', seconds=round(seconds))
-                   for m,v in (('mIoU', best.best_miou), ('mIoU at background 0.4', fixed.miou))]
-            print(f'draw {seed}, {name}: {best.best_miou:.1f} at {best.best_threshold}, {fixed.miou:.1f} at 0.4', flush=True)
+        for variant,maps in dict(v2=V2_MAPS, plus=PLUS_MAPS).items():
+            out = a.out/f'draw{seed}_{variant}'
+            seconds = run('mct_train', recipe='frozen', variant=variant, pretrained=a.affinity_weights, out=out/'run', **common)
+            for i,(name,how) in enumerate(maps.items()):
+                layers = None if how['kind']=='heads' else 2                      # those of all blocks are weighed
+                run('mct_seeds', run=out/'run', out=out/f'seeds{i}', layers=layers, image_size=224, **how, **common)
+                best, fixed = sweep_threshold(out/f'seeds{i}', truth), fixed_threshold(out/f'seeds{i}', truth, .4)
+                yield [new_record('photos60 tokens', name, v, m, 'VOC animals, 60 photos', seed=seed, command='python experiments/photos60.py --tokens', seconds=round(seconds))
+                       for m,v in (('mIoU', best.best_miou), ('mIoU at background 0.4', fixed.miou))]
+                print(f'draw {seed}, {name}: {best.best_miou:.1f} at {best.best_threshold}, {fixed.miou:.1f} at 0.4', flush=True)
 
 def main(a):
     ds, records = get_dataset(a.data, 'trainaug'), []

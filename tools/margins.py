@@ -82,24 +82,42 @@ def pytest_configure(config):
         return old(mod, source, path, config)
     rw.rewrite_asserts = new
 
-STARTUP = "import sys; sys.path.insert(0, {tools!r})\nimport margins; margins.watch(); get_ipython().ast_transformers.append(margins.Wrap())\n"
-
 # ---- what runs them
 
-def run(kind, name, setting, env, out):
-    "One notebook or test file under one setting: did all hold, and what was printed. What is in `out` already is not run again"
-    log = out/setting/f'{kind}_{name}.txt'; notes = log.with_suffix('.jsonl'); said = lambda: log.read_text(encoding='utf-8')
-    if log.is_file(): return said().startswith('ok'), said()
-    log.parent.mkdir(parents=True, exist_ok=True); notes.write_text('')
-    ipython = out/'ipython'/'profile_default'/'startup'; ipython.mkdir(parents=True, exist_ok=True)
-    (ipython/'00-margins.py').write_text(STARTUP.format(tools=str(ROOT/'tools')))
-    env = env | {NOTE: str(notes), 'IPYTHONDIR': str(out/'ipython'), 'PYTHONDONTWRITEBYTECODE': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT/"tools"}'}
-    pytest = ['-m', 'pytest', '-n', '0', '-q', '-p', 'no:cacheprovider', '-p', 'margins', f'tests/test_{name}.py', '-k', 'not killed']
-    cmd = [sys.executable, *(['tools/nbrun.py', '--check', f'nbs/{name}.ipynb'] if kind=='nb' else pytest)]
-    start = time.time(); r = subprocess.run(cmd, env=env, cwd=ROOT, capture_output=True, text=True); how = f'{"FAILED" if r.returncode else "ok"} {time.time()-start:.0f} s'
-    tmp = log.with_suffix('.tmp'); tmp.write_text(f'{how}\n{r.stdout[-6000:]}\n{r.stderr[-6000:]}', encoding='utf-8'); tmp.replace(log)
-    print(f'{setting:8} {how:12} {kind} {name}', flush=True)
-    return r.returncode==0, said()
+STARTUP = """import os, sys; sys.path.insert(0, {tools!r})
+os.environ[{note!r}] = {folder!r}+'/nb_'+os.environ['NOTEBOOK']+'.jsonl'
+import margins; margins.watch(); get_ipython().ast_transformers.append(margins.Wrap())"""
+NEW = "import sys; sys.path.insert(0, {tools!r}); import margins; margins.notebooks({names!r}, {setting!r}, {folder!r})"
+LOG = lambda out, setting, kind, name: out/setting/f'{kind}_{name}.txt'
+
+def keep(log, ok, seconds, text):
+    "What a notebook or a test file ended with, in its log: `ok` or `FAILED` first"
+    how = f'{"ok" if ok else "FAILED"} {seconds:.0f} s'; tmp = log.with_suffix('.tmp')
+    tmp.write_text(f'{how}\n{text}', encoding='utf-8'); tmp.replace(log); print(f'{log.parent.name:8} {how:12} {log.stem}', flush=True)
+
+def notebooks(names, setting, folder):
+    "In a process that has the setting: notebooks one after the other, with a log and a file of notes each"
+    sys.path.insert(0, str(ROOT/'tools')); import nbrun
+    from nbdev.config import get_config
+    flags, ctx, startup = set(get_config().tst_flags.split()), nbrun.warm_processes(), STARTUP.format(tools=str(ROOT/'tools'), note=NOTE, folder=folder)
+    for n in names:
+        (Path(folder)/f'nb_{n}.jsonl').write_text(''); _, seconds, err = nbrun.check(ROOT/f'nbs/{n}.ipynb', flags, 3600, ctx, startup)
+        keep(Path(folder)/f'nb_{n}.txt', not err, seconds, err)
+
+def run(kind, name, setting, env, out, others=()):
+    "One notebook or test file under one setting, and of notebooks `others`, too: did all hold, and what was printed. What is in `out` already is not run again"
+    log = LOG(out, setting, kind, name); log.parent.mkdir(parents=True, exist_ok=True)
+    env = env | {'PYTHONDONTWRITEBYTECODE': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT/"tools"}'}
+    if kind=='nb' and not log.is_file():
+        names = [n for n in [name, *(o for o in others if o!=name)] if not LOG(out, setting, kind, n).is_file()]
+        subprocess.run([sys.executable, '-c', NEW.format(tools=str(ROOT/'tools'), names=names, setting=setting, folder=str(log.parent))], env=env, cwd=ROOT, check=True)
+    elif not log.is_file():
+        notes = log.with_suffix('.jsonl'); notes.write_text(''); start = time.time()
+        cmd = ['-m', 'pytest', '-n', '0', '-q', '-p', 'no:cacheprovider', '-p', 'margins', f'tests/test_{name}.py', '-k', 'not killed']
+        r = subprocess.run([sys.executable, *cmd], env=env | {NOTE: str(notes)}, cwd=ROOT, capture_output=True, text=True)
+        keep(log, not r.returncode, time.time()-start, f'{r.stdout[-6000:]}\n{r.stderr[-6000:]}')
+    said = log.read_text(encoding='utf-8')
+    return said.startswith('ok'), said
 
 def tight(out, times=3):
     "Limits nearer than `times` spreads: (distance in spreads, file, assertion, distance, spread, both sides by setting), nearest first; and the number of all comparisons"
@@ -122,11 +140,13 @@ def show(out):
     print(f'{n} comparisons, {len(rows)} tight')
 
 if __name__=='__main__':
-    sys.path.insert(0, str(ROOT/'tests')); from test_processors import NOTEBOOKS, SETTINGS, TESTS, here
+    sys.path.insert(0, str(ROOT/'tests')); from test_processors import FREE, NOTEBOOKS, SETTINGS, TESTS, here
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('settings', nargs='*', default=list(SETTINGS)); p.add_argument('--out', type=Path, required=True); p.add_argument('--table', action='store_true')
     p.add_argument('--only', default='', help='these notebooks and tests only, separated by commas')
     a = p.parse_args(); a.out = a.out.resolve(); only = set(filter(None, a.only.split(',')))
     for s in [] if a.table else a.settings:
-        for kind,n in [(k, n) for k,names in (('nb', NOTEBOOKS), ('test', TESTS)) for n in names if not only or n in only]: run(kind, n, s, here(s), a.out)
+        env, nbs, tests = here(s), *([n for n in names if not only or n in only] for names in (NOTEBOOKS, TESTS)); nbs = [n for n in nbs if s!='seeds' or n in FREE]
+        for kind,names in (('nb', nbs), ('test', tests)):
+            for n in names: run(kind, n, s, env, a.out, nbs)
     show(a.out)
