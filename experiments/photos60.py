@@ -3,12 +3,13 @@
     python experiments/photos60.py --data voc:PATH/VOC2012 [--affinity vit_small_patch14_dinov2 --affinity-weights FILE] [--draws 3] --out runs/photos60
     python experiments/photos60.py --data voc:PATH/VOC2012 --tokens [--affinity-weights FILE] --draws 1       # the paper's idea: class tokens in the frozen ViT itself
 
-Prints seconds and mIoU (background and the three classes) of seeds at a background of 0.4 and of masks, for three draws, and an ellipse in the middle of each photo to compare with."""
+Prints seconds and mIoU (background and the three classes) of seeds at a background of 0.4 and of masks, for three draws, and an ellipse in the middle of each photo to compare with;
+draws a figure of each draw: DRAW/masks.png, with the IoU of the class above each mask."""
 import argparse, time
 from pathlib import Path
 import numpy as np
 from mctformer_nb import cli, cli_masks
-from mctformer_nb.core import need
+from mctformer_nb.core import atomic_path, need, new_figure, open_mask, overlay
 from mctformer_nb.datasets import get_dataset
 from mctformer_nb.scores import fixed_threshold, score_masks, sweep_threshold
 from mctformer_nb.tables import new_record, save_records
@@ -75,6 +76,16 @@ def tokens(a, ds):
                        for m,v in (('mIoU', best.best_miou), ('mIoU at background 0.4', fixed.miou))]
                 print(f'draw {seed}, {name}: {best.best_miou:.1f} at {best.best_threshold}, {fixed.miou:.1f} at 0.4', flush=True)
 
+def picture(folder, truth, masks, path, n=9):
+    "Every few photos: the photo, its mask with its mIoU, the hidden truth. It shows photos of VOC: to look at, not to publish"
+    fig = new_figure((1.8*n, 5.6), 90); axes = fig.subplots(3, n)
+    for column,i in zip(axes.T, range(0, len(folder), len(folder)//n)):
+        image, m, t = folder.image(i), open_mask(masks/f'{folder.ids[i]}.png'), truth.mask(i)
+        for ax,what in zip(column, (image, overlay(image, m), overlay(image, t))): ax.imshow(what); ax.set_axis_off()
+        k = folder.labels(i)[0]+1; seen = t!=255; both = (m==k) & (t==k); column[1].set_title(f'{100*both.sum()/max(1, (((m==k) | (t==k)) & seen).sum()):.0f}', fontsize=9)
+        column[0].set_title(folder.classes[k-1], fontsize=9)
+    with atomic_path(path) as p: fig.savefig(p, format='png', bbox_inches='tight')
+
 def main(a):
     ds, records = get_dataset(a.data, 'trainaug'), []
     if a.tokens:
@@ -88,6 +99,7 @@ def main(a):
         seconds += run('mct_seeds', run=out/'run', out=out/'seeds', affinity=a.affinity, affinity_weights=a.affinity_weights, **common)
         seconds += run('mct_masks', seeds=out/'seeds', out=out/'masks', **common)
         found = dict(ellipse=score_masks(ellipse(folder, truth), folder).miou, seeds=fixed_threshold(out/'seeds', truth, .4).miou, masks=score_masks(out/'masks', truth).miou)
+        picture(folder, truth, out/'masks', out/'masks.png')
         print(f'draw {seed}: {seconds:.0f} s,', ', '.join(f'{k} {v:.1f}' for k,v in found.items()), flush=True)
         kind = 'affinity of a ViT fine-tuned for saliency' if a.affinity else 'only what the package ships'
         command = 'python experiments/photos60.py' + (' --affinity ' + a.affinity if a.affinity else '')

@@ -8,8 +8,8 @@ __all__ = ['FROZEN_RECIPE', 'PLUS_RECIPE', 'PLUS_MAPS', 'RECIPE', 'LOG', 'TRAIN_
            'fill_recipe', 'training_callbacks', 'report_training', 'train_without_training', 'follow_run',
            'plus_options', 'hinted_maps', 'mct_train', 'check_classes', 'by_shards', 'tried_precision',
            'affinity_network', 'photo_fit', 'hint_after_seeds', 'with_heads', 'mct_seeds', 'find_results',
-           'split_to_train', 'scored_data', 'mct_score', 'mct_report', 'mct_info', 'class_list', 'convert_to_onnx',
-           'mct_convert']
+           'split_to_train', 'scored_data', 'score_without_masks', 'mct_score', 'mct_report', 'mct_info', 'class_list',
+           'convert_to_onnx', 'mct_convert']
 
 # %% ../nbs/60_cli.ipynb #c7d817f5
 import argparse, shlex
@@ -106,7 +106,7 @@ def fill_recipe(
 # %% ../nbs/60_cli.ipynb #7eb02e16
 RECIPE = arg('--recipe', choices=['reference', 'quick', 'frozen'],
     help="defaults of the other options: the reference's; quick: small networks for drawings; frozen: pretrained ones "
-         'for photographs on a computer without a GPU, a linear layer or (--variant v1, v2) class tokens '
+         'for photographs on a computer without a GPU, a linear layer or (--variant v1, v2, plus) class tokens '
          '(default: reference with a GPU, else frozen; quick for mini)')
 
 # %% ../nbs/60_cli.ipynb #10610610
@@ -249,11 +249,14 @@ def hinted_maps(
 def mct_train(a):
     "Train an MCTformer on image-level labels, or go on with the run that is in the folder."
     device = check_device(a.device)
+    from mctformer_nb.core import need
     from mctformer_nb.train import train_classifier
     import mctformer_nb.baselines, mctformer_nb.plus      # add their variants
     if a.variant=='cam' and not a.backbone: a.backbone = 'resnet50'
     a.recipe = follow_run(a).recipe or default_recipe(a)
-    if a.recipe=='frozen' and a.variant not in ('v1', 'v2'): return train_without_training(a, device)
+    need(a.recipe!='frozen' or a.variant in (None, 'v1', 'v2', 'plus'), f'--recipe frozen --variant {a.variant}',
+         'do not go together', 'Leave out the variant (a linear layer), or give v1, v2 or plus (class tokens)')
+    if a.recipe=='frozen' and a.variant is None: return train_without_training(a, device)
     a.variant = a.variant or ('plus' if a.recipe=='plus' else 'v2')
     fill_recipe(a, 'train',
                 dict(backbone='deit_small_patch16_224', pretrained=True, epochs=60, batch_size=64, image_size=224,
@@ -479,7 +482,11 @@ SCORE_ARGS = [
         help='only photos that have a mask, such as those that mct_import brought back (default: all of the split)'),
     arg('--skip-missing', action='store_true',
         help='score what is there although files or ground-truth masks are missing or unreadable; they are listed'),
-    arg('--figure', metavar='FILE', help='draw the sweep (seeds only)')]
+    arg('--figure', metavar='FILE', help='draw the sweep (seeds only)'),
+    arg('--no-masks', action='store_true',
+        help='ask the classifier instead: a background score by evidence, deletion, insertion and ROAD of the seeds'),
+    arg('--run', metavar='RUN', help='with --no-masks: the classifier that is asked (default: the folder of the seeds)'),
+    arg('--beside', metavar='DIR', help='with --no-masks: other seeds of the same photos, to compare')]
 
 # %% ../nbs/60_cli.ipynb #5p117t0t
 def split_to_train(
@@ -504,14 +511,37 @@ def scored_data(
     ds = get_dataset(a.data, a.split, on_bad='skip')
     return ds.with_masks() if a.corrected else ds
 
+# %% ../nbs/60_cli.ipynb #n0masks02
+def score_without_masks(
+    a:argparse.Namespace, # parsed arguments of `mct_score`
+) -> int: # exit status
+    "What the classifier says of seeds, in percent, and the background that it chooses"
+    from mctformer_nb.datasets import get_dataset
+    from mctformer_nb.no_masks import choose_background, map_quality, prior_background, quality_table
+    from mctformer_nb.runs import load_run
+    model, config = load_run(a.run or Path(a.pred).parent, kind='classifier')
+    ds, asked = get_dataset(a.data, a.split, on_bad='skip'), dict(size=config.get('image_size'))
+    check_classes(config, ds, a.run or Path(a.pred).parent)
+    found = choose_background(model, ds, a.pred, prior=prior_background(a.pred), **asked)
+    judged = [map_quality(model, ds, p, **asked) for p in filter(None, (a.pred, a.beside))]
+    print(quality_table(*judged))
+    print(f'done in {elapsed(a)}: background by evidence {found.background:.2f} (no mask was read)')
+    names = [dict(q, rows=len(q.rows)) for q in judged]
+    a.outcome = dict(best_threshold=found.background, quality=names, kind='seeds', data=a.data, split=a.split,
+                     pred=a.pred)
+    hint(a, 'mct_masks', seeds=a.pred, data=a.data, split=a.split, background=a.json or f'{found.background:g}')
+    return report_bad(ds.bad)
+
 # %% ../nbs/60_cli.ipynb #ffb744d4
 @command('mct_score --pred runs/v2/seeds --data voc:VOCdevkit/VOC2012 --split train',
          'mct_score --pred masks --data mini --split val --json scores.json',
-         'mct_score --pred seeds --data mini --figure sweep.png --classes cat,rabbit', args=SCORE_ARGS)
+         'mct_score --pred seeds --data mini --figure sweep.png --classes cat,rabbit',
+         'mct_score --pred runs/v2/seeds --data folder:my_photos --no-masks --json background.json', args=SCORE_ARGS)
 def mct_score(a):
     "mIoU, FP and FN of seeds (best threshold of a sweep) or of label masks, in percent."
     from mctformer_nb.core import atomic_path, need, read_json
     from mctformer_nb.scores import fixed_threshold, plot_sweep, score_masks, score_table, sweep_threshold
+    if a.no_masks: return score_without_masks(a)
     ds = scored_data(a)
     what = find_results(a.pred, ds)
     sweep, args = what=='seeds' and a.threshold is None, dict(skip_missing=a.skip_missing)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEGMENT_ARGS', 'DECODER_ARGS', 'INFER_ARGS', 'report_stage', 'stage_args', 'mct_crf_labels', 'fit_args',
-           'fit_options', 'mct_affinity', 'use_corrected', 'segment_recipe_args', 'mct_segment_train', 'mct_masks',
-           'infer_options', 'mct_segment', 'mct_predict']
+           'fit_options', 'mct_affinity', 'use_corrected', 'segment_recipe_args', 'mct_segment_train',
+           'masks_background', 'mct_masks', 'infer_options', 'mct_segment', 'mct_predict']
 
 # %% ../nbs/61_cli_masks.ipynb #b68c750d
 import argparse, shlex
@@ -209,6 +209,21 @@ def mct_segment_train(a):
     if valid: hint(a, 'mct_segment', run=a.out, data=a.data, split=a.valid_split, **small)
     else: hint(a, 'mct_predict PHOTO', run=a.out, **small)
 
+# %% ../nbs/61_cli_masks.ipynb #n0masks05
+def masks_background(
+    a:argparse.Namespace, # parsed arguments of `mct_masks`
+    ds:'Dataset', # photos
+) -> dict: # background, or nothing where the stage has its own default
+    "--background as a number, from a file, or, `auto`, chosen by the evidence of the classifier"
+    if a.background is None: return {}
+    if a.background!='auto': return dict(background=a.background)
+    from mctformer_nb.no_masks import choose_background, prior_background
+    from mctformer_nb.runs import load_run
+    model, config = load_run(a.run or Path(a.seeds).parent, kind='classifier')
+    found = choose_background(model, ds, a.seeds, size=config.get('image_size'), prior=prior_background(a.seeds))
+    print(f'background by evidence: {found.background:g}')
+    return dict(background=found.background)
+
 # %% ../nbs/61_cli_masks.ipynb #ef17286f
 @command('mct_masks --seeds runs/frozen/seeds --data folder:my_photos --out masks',
          'mct_masks --seeds runs/v2/seeds --affinity runs/affinity --data voc:VOCdevkit/VOC2012 --split trainaug '
@@ -220,9 +235,10 @@ def mct_segment_train(a):
         help='without --affinity: of the softmax that makes seeds probabilities (default: 10)'),
     arg('--seeds', metavar='DIR', help='folder of seeds from mct_seeds (default: seeds, beside the affinity)'),
     arg('--out', metavar='DIR', help='folder of masks, one palette PNG an image (default: masks, beside the affinity)'),
-    arg('--background', metavar='X|FILE',
-        help='background score, or the JSON file of mct_score with the best one '
+    arg('--background', metavar='X|FILE|auto',
+        help='background score, the JSON file of mct_score with one, or auto: by the evidence of the classifier '
              '(reference and default: 0.39; without --affinity: 0.4)'),
+    arg('--run', metavar='RUN', help='with --background auto: the classifier (default: the folder of the seeds)'),
     arg('--alpha', type=number(float, 0, above=True), help='background (1-max)^ALPHA instead, as PSA'),
     arg('--beta', type=number(float, 0, above=True), default=8,
         help='power of the affinities (reference and default: 8)'),
@@ -241,7 +257,7 @@ def mct_masks(a):
     ds, workers = get_dataset(a.data, a.split, on_bad='skip'), dict(overwrite=a.overwrite, workers=a.workers)
     near = Path(a.affinity or a.seeds or 'runs').parent
     a.seeds, a.out = a.seeds or near/'seeds', a.out or near/'masks'
-    given = {} if a.background is None else dict(background=a.background)
+    given = masks_background(a, ds)
     if not a.affinity: r = make_crf_masks(a.seeds, ds, a.out, sharpness=a.sharpness, crf='auto', **given, **workers)
     else:
         how = dict(alpha=a.alpha, beta=a.beta, steps=a.steps, stride=a.stride, crf='auto' if a.crf else None)
