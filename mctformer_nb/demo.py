@@ -8,11 +8,12 @@ __all__ = ['DEMO_MAPS', 'DEMO_RECIPE', 'DEMO_SEEDS', 'DEMO_SECOND', 'paper_miou'
            'run_demo']
 
 # %% ../nbs/52_demo.ipynb #a8f8b1a9
-import base64, html, time
+import base64, time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 import mctformer_nb, numpy as np
+from jinja2 import Template
 from PIL import Image
 from matplotlib.figure import Figure
 from .artifacts import load_seed
@@ -217,28 +218,27 @@ def photo_figure(
     return fig
 
 # %% ../nbs/52_demo.ipynb #98dbd5ba
-def _png(path):
-    "A picture as part of the page"
-    data = base64.b64encode(Path(path).read_bytes()).decode()
-    return f'<img alt="{html.escape(Path(path).stem)}" src="data:image/png;base64,{data}">'
-
-_STYLE = '''body{font:16px/1.55 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}\
-h1{margin-bottom:.2rem}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .9rem;border-bottom:1px solid #ddd;text-align:right}\
-td:first-child,th:first-child{text-align:left}
-img{max-width:100%;height:auto}figcaption,.small{color:#666;font-size:.9rem}\
-figure{margin:1.5rem 0}.bar{background:#4c78a8;height:.7rem;display:inline-block;border-radius:2px}'''
-
-_PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">\
-<title>MCTformer demonstration</title><style>{style}</style>
-<h1>From labels to masks</h1><p>MCTformer V1 and V2, trained on image-level labels only. \
+_PAGE = Template('''<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>MCTformer demonstration</title><style>
+body{font:16px/1.55 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
+h1{margin-bottom:.2rem}td:first-child,th:first-child,td:nth-child(3){text-align:left}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .9rem;border-bottom:1px solid #ddd;text-align:right}
+img{max-width:100%;height:auto}figcaption,.small{color:#666;font-size:.9rem}
+figure{margin:1.5rem 0}.bar{background:#4c78a8;height:.7rem;display:inline-block;border-radius:2px}
+</style><h1>From labels to masks</h1><p>MCTformer V1 and V2, trained on image-level labels only.
 Scores are mIoU in percent against masks that training never saw.</p>
-<table><tr><th>map</th><th>mIoU</th><th></th><th>FP</th><th>FN</th><th>threshold</th><th>paper (VOC)</th></tr>\
-{maps}</table>
-<p class="small">The last column is Table 5 of the paper, measured on PASCAL VOC photos: \
+{%- macro num(v) %}{% if v is not none %}{{'%.1f'|format(v)}}{% endif %}{% endmacro %}
+{%- macro line(name, v, cells) %}<tr><td>{{name|replace('_', ' ')}}</td><td>{{num(v)}}</td><td><span class="bar"
+style="width:{{'%.0f'|format(2*v)}}px"></span></td>{% for c in cells %}<td>{{c}}</td>{% endfor %}</tr>{% endmacro %}
+<table><tr><th>map</th><th>mIoU</th><th></th><th>FP</th><th>FN</th><th>threshold</th><th>paper (VOC)</th></tr>
+{% for r in rows %}{{line(r.map, r.miou, [num(r.fp), num(r.fn), '%.2f'|format(r.threshold), num(r.paper)])}}{% endfor %}
+</table><p class="small">The last column is Table 5 of the paper, measured on PASCAL VOC photos:
 compare the order, not the height.</p>
-<table><tr><th>step</th><th>mIoU</th><th></th><th>on</th><th>paper (VOC)</th></tr>{chain}</table>{pics}
-<ul class="small">{notes}</ul></html>'''
+<table><tr><th>step</th><th>mIoU</th><th></th><th>on</th><th>paper (VOC)</th></tr>
+{% for r in steps %}{{line(r.step, r.miou, [r.where|replace('_', ' '), num(r.paper)])}}{% endfor %}</table>
+{%- for f,caption in figures.items() %}<figure><img alt="{{f[:-4]}}" src="data:image/png;base64,{{png(f)}}">
+<figcaption>{{caption}}</figcaption></figure>{% endfor %}<ul class="small">
+{%- for k,v in notes.items() %}<li>{{k|replace('_', ' ')}}: {{v}}</li>{% endfor %}</ul></html>''', autoescape=True)
 
 # %% ../nbs/52_demo.ipynb #b5d0865d
 def write_report(
@@ -249,18 +249,8 @@ def write_report(
     figures:dict, # {file name in `figures`: caption}
 ) -> Path: # the page
     "One self-contained HTML page: table, pictures, curves"
-    def num(v): return '' if v is None else f'{v:.1f}'
-    def esc(s): return html.escape(str(s)).replace('_', ' ')
-    def bar(v): return f"<td style='text-align:left'><span class='bar' style='width:{v*2:.0f}px'></span></td>"
-    def line(name, v, *more):
-        return f'<tr><td>{esc(name)}</td><td>{num(v)}</td>{bar(v)}{"".join(f"<td>{m}</td>" for m in more)}</tr>'
-    maps = ''.join(line(r['map'], r['miou'], num(r['fp']), num(r['fn']), f"{r['threshold']:.2f}", num(r['paper']))
-                   for r in rows)
-    chain = ''.join(line(r['step'], r['miou'], esc(r['where']), num(r['paper'])) for r in steps)
-    pics = ''.join(f"<figure>{_png(Path(out)/'figures'/f)}<figcaption>{html.escape(cap)}</figcaption></figure>"
-                   for f,cap in figures.items())
-    listed = ''.join(f'<li>{esc(k)}: {html.escape(str(v))}</li>' for k,v in notes.items())
-    page = _PAGE.format(style=_STYLE, maps=maps, chain=chain, pics=pics, notes=listed)
+    def png(f): return base64.b64encode((Path(out)/'figures'/f).read_bytes()).decode()
+    page = _PAGE.render(rows=rows, steps=steps, notes=notes, figures=figures, png=png)
     with atomic_path(Path(out)/'report.html') as p: Path(p).write_text(page, encoding='utf-8')
     return Path(out)/'report.html'
 

@@ -18,6 +18,7 @@ from .coco import check_outline
 from .core import DataError, atomic_path, need, open_mask, progress, read_json, save_mask, write_json
 from .datasets import Dataset
 from .deeplab import mask_file
+from .files import need_extra
 from .mctformer import load_run, save_run
 from .photos import PHOTO_SUFFIXES, noted, safe_name
 from .pickles import read_array_dict
@@ -353,17 +354,10 @@ def from_pretrained(
     if not folder.is_dir():
         named = re.fullmatch(r'[\w.-]+/[\w.-]+', str(where)) and not set(str(where).split('/')) & {'.', '..'}
         need(named, where, 'is neither a folder nor a name on the hub', 'Write owner/name')
-        folder = Path(_hub().snapshot_download(str(where), revision=revision,
+        folder = Path(need_extra('huggingface_hub', 'hub').snapshot_download(str(where), revision=revision,
                                                allow_patterns=['config.json', 'model.safetensors']))
     check_config(folder)
     return load_run(folder)
-
-def _hub():
-    "The package for the hub"
-    try: import huggingface_hub
-    except ImportError:
-        raise DataError('hub', 'huggingface_hub is not installed', 'pip install huggingface_hub') from None
-    return huggingface_hub
 
 # %% ../nbs/45_interchange.ipynb #13251d19
 def push_to_hub(
@@ -375,6 +369,6 @@ def push_to_hub(
     files = ['config.json', 'model.safetensors', 'README.md']
     lost = [f for f in files if not (Path(folder)/f).is_file()]
     need(not lost, folder, f'has no {" and no ".join(lost)}', 'Write it with save_pretrained')
-    api = _hub().HfApi()
+    api = need_extra('huggingface_hub', 'hub').HfApi()
     api.create_repo(name, private=private, exist_ok=True)
     return str(api.upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=files))

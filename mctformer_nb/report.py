@@ -7,10 +7,11 @@ __all__ = ['run_config', 'find_predictions', 'predicted_mask', 'image_scores', '
            'add_scores', 'add_examples', 'write_run_report']
 
 # %% ../nbs/55_report.ipynb #4f87b9c9
-import base64, html, io
+import base64, io
 from pathlib import Path
 import numpy as np
 from fastcore.basics import AttrDict
+from jinja2 import Template
 from matplotlib.figure import Figure
 from .core import atomic_path, new_figure, open_mask, overlay, progress, read_json
 from .datasets import Dataset
@@ -21,7 +22,6 @@ from .core import need
 from .scores import confusion, iou_fp_fn, plot_sweep, score_masks, seed_to_mask, sweep_threshold
 from .artifacts import has_seed
 from .seeds import load_seed
-from .tables import Table
 
 # %% ../nbs/55_report.ipynb #c9f306af
 def run_config(
@@ -121,18 +121,28 @@ def plot_examples(
     return fig
 
 # %% ../nbs/55_report.ipynb #811c9fa1
-_PAGE = '''<!doctype html><html lang="en"><meta charset="utf-8">
+_PAGE = Template('''<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title><style>
-body{{font:16px/1.55 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}
-h1{{margin-bottom:.2rem}}h2{{margin-top:2.2rem}}
-table{{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}}
-td,th{{padding:.2rem .9rem;border-bottom:1px solid #ddd;text-align:right}}
-td:first-child,th:first-child{{text-align:left}}
-img{{max-width:100%;height:auto}}figure{{margin:1rem 0}}figcaption,.small{{color:#555;font-size:.9rem}}
-.big{{font-size:1.6rem;font-weight:600}}.cards{{display:flex;flex-wrap:wrap;gap:1rem 2.5rem}}
-</style><h1>{title}</h1>{body}</html>'''
+<title>{{title}}</title><style>
+body{font:16px/1.55 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
+h1{margin-bottom:.2rem}h2{margin-top:2.2rem}
+table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
+td,th{padding:.2rem .9rem;border-bottom:1px solid #ddd;text-align:right}
+td:first-child,th:first-child{text-align:left}
+img{max-width:100%;height:auto}figure{margin:1rem 0}figcaption,.small{color:#555;font-size:.9rem}
+.big{font-size:1.6rem;font-weight:600}.cards{display:flex;flex-wrap:wrap;gap:1rem 2.5rem}
+</style><h1>{{title}}</h1>
+{%- for p in parts %}
+{% if p.pairs is defined %}<div class="cards">
+{%- for name,v in p.pairs %}<div><div class="big">{{v}}</div><div class="small">{{name}}</div></div>{% endfor %}</div>
+{%- elif p.head is defined %}<details><summary>{{p.summary}}</summary><table>
+<thead><tr>{% for c in p.head %}<th>{{c}}</th>{% endfor %}</tr></thead><tbody>
+{%- for r in p.rows %}<tr>{% for c in r %}<td>{{c}}</td>{% endfor %}</tr>{% endfor %}</tbody></table></details>
+{%- elif p.alt is defined %}<figure><img alt="{{p.alt}}" src="data:image/png;base64,{{p.png}}">
+<figcaption>{{p.caption}}</figcaption></figure>
+{%- else %}<{{p.tag}} class="{{p.css}}">{{p.text}}</{{p.tag}}>
+{%- endif %}{% endfor %}</html>''', autoescape=True)
 
 # %% ../nbs/55_report.ipynb #dd905365
 class Page:
@@ -142,24 +152,20 @@ class Page:
     ): self.title, self.parts = title, []
     def text(self, text, tag='p', css=''):
         "An element with text: 'p', 'h2', ..."
-        self.parts.append(f'<{tag} class="{css}">{html.escape(str(text))}</{tag}>')
+        self.parts.append(dict(text=text, tag=tag, css=css))
     def cards(self, pairs):
         "Large numbers with their names: (name, text) pairs"
-        def box(css, text): return f'<div class="{css}">{text}</div>'
-        boxes = [box('', box('big', html.escape(v)) + box('small', html.escape(k))) for k,v in pairs]
-        self.parts.append(box('cards', ''.join(boxes)))
+        self.parts.append(dict(pairs=pairs))
     def table(self, head, rows, summary):
         "A table that unfolds at a click"
-        self.parts.append(f'<details><summary>{html.escape(summary)}</summary>{Table(head, rows).html()}</details>')
+        self.parts.append(dict(head=head, rows=rows, summary=summary))
     def figure(self, fig, alt, caption):
         "A matplotlib figure; `alt` says what it shows to whoever cannot see it"
         fig.savefig(buf := io.BytesIO(), format='png', bbox_inches='tight')
-        source = f'data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}'
-        text = f'<img alt="{html.escape(alt)}" src="{source}"><figcaption>{html.escape(caption)}</figcaption>'
-        self.parts.append(f'<figure>{text}</figure>')
+        self.parts.append(dict(alt=alt, caption=caption, png=base64.b64encode(buf.getvalue()).decode()))
     def html(self):
         "The whole page as text"
-        return _PAGE.format(title=html.escape(self.title), body=''.join(self.parts))
+        return _PAGE.render(title=self.title, parts=self.parts)
 
 # %% ../nbs/55_report.ipynb #72d6a580
 def _add_training(page, run, config):

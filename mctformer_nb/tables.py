@@ -7,7 +7,7 @@ __all__ = ['FIELDS', 'PAPER', 'LATER', 'current_commit', 'hardware', 'new_record
            'Table', 'compare_table', 'check_order', 'order_table']
 
 # %% ../nbs/50_tables.ipynb #2290b214
-import datetime, html, os, platform, statistics, subprocess, sys
+import datetime, os, platform, statistics, subprocess, sys
 from pathlib import Path
 import mctformer_nb
 from .core import read_json, write_json
@@ -195,7 +195,7 @@ LATER = [dict(method=m, metric=metric, value=v, source=s) for m,s,values in (
 
 # %% ../nbs/50_tables.ipynb #676c74c3
 class Table:
-    "A small table: `str` is Markdown, `html()` HTML"
+    "A small table: `str` is Markdown"
     def __init__(self,
         head:list,        # names of the columns
         rows:list,        # lists of cells (text)
@@ -206,12 +206,6 @@ class Table:
         rule = '|' + '|'.join(['---'] + ['---:']*(len(self.head)-1)) + '|'
         return '\n'.join([self.caption, '']*bool(self.caption) + [line(self.head), rule, *map(line, self.rows)])
     __repr__ = _repr_markdown_ = __str__
-    def html(self):
-        "The table as an HTML element"
-        def line(cells, tag): return '<tr>' + ''.join(f'<{tag}>{html.escape(str(c))}</{tag}>' for c in cells) + '</tr>'
-        caption = f'<caption>{html.escape(self.caption)}</caption>' if self.caption else ''
-        body = ''.join(line(r, 'td') for r in self.rows)
-        return f'<table>{caption}<thead>{line(self.head, "th")}</thead><tbody>{body}</tbody></table>'
 
 # %% ../nbs/50_tables.ipynb #0ccc158c
 def _mean_text(s, digits=1, n=None):
@@ -236,7 +230,7 @@ def compare_table(
     dataset:str|list|None=None, # of our records, as they name it; a list: a column for each; None: the paper's own
     records:list|None=None,   # default `load_records()` from ./results
     digits:int=1,             # decimals, the paper prints one
-) -> Table:                   # paper and ours side by side; prints as Markdown, `.html()` for pages
+) -> Table:                   # paper and ours side by side; prints as Markdown
     "The paper's rows with ours beside them, joined by the name of the row; `DataError` for a table that is not there"
     need(str(n) in PAPER, f'table {n}', 'the paper has Tables 1-7', 'Give one of these numbers')
     paper, many = PAPER[str(n)], isinstance(dataset, (list, tuple))

@@ -170,6 +170,13 @@ def test_cells_with_imports_need_no_other_cells(nb):
         if lost and not exports: wrong.append(f"needs {', '.join(sorted(lost))}:\n{c['source']}")
     assert not wrong, 'imports belong in a cell of their own\n' + '\n---\n'.join(wrong)
 
+@pytest.mark.parametrize('nb', [nb for nb in NOTEBOOKS if repr(nb).startswith('tutorials/')], ids=repr)
+def test_tutorials_open_in_colab(nb):
+    "A link to the notebook's own file, as text, since the site fetches nothing; and a first code cell that installs the package there and nowhere else"
+    address = f'https://colab.research.google.com/github/{CFG["user"]}/{CFG["repo"]}/blob/{CFG["branch"]}/{CFG["nbs_path"]}/{nb!r}'
+    assert f'[Open in Colab]({address})' in nb.cells[0]['source'] and nb.cells[0]['source'].count('colab.')==1
+    first = nb.code()[0]; assert first['source'].splitlines()==['#| hide', '#| eval: false', f'![ -e /content ] && pip install -q git+{CFG["git_url"]}  # in Colab'] and not first['outputs']
+
 @each_notebook
 def test_only_modules_export(nb):
     assert nb.module or not nb.exported(), 'exports without a default_exp'

@@ -221,3 +221,9 @@ def test_run_report_escapes_names(tmp_path):
     (run/'history.csv').write_text('epoch,train_loss,valid_loss,map_cls,map_patch,lr,seconds\n1,1.0,,,,0.001,1\n')
     report.write_run_report(run); page = (run/'report.html').read_text(encoding='utf-8')
     assert '<script>alert' not in page and 'onerror=alert(1)>' not in page and '&lt;script&gt;' in page
+
+def test_pick_page_escapes_names(tmp_path):
+    from mctformer_nb.pick import Doubt, write_picks
+    ds = get_dataset('mini', n=1, size=32); ds.classes = [HOSTILE]*8; Image.fromarray(ds.mask(0)).save(tmp_path/f'{ds.ids[0]}.png')
+    page = write_picks([Doubt(ds.ids[0], [0], 1., 0., 0., (HOSTILE,))], ds, tmp_path, tmp_path/'out').read_text(encoding='utf-8')
+    assert '<script>' not in page and '<img src=x' not in page and page.count('&lt;script&gt;')==2
