@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 import torch
@@ -144,7 +144,7 @@ class Work:
     "How the work of a stage is done: nothing here changes what is in the files"
     batches:list=None # [[id]] computed together, the same in every process; default one by one
     threads:int=4 # that read and write
-    processes:int=0 # that write instead of the threads
+    processes:int|None=0 # that write instead of the threads, at most one an image; None: one a core
     overwrite:bool=False # write files anew that exist
     bad:tuple=() # (id, problem) known before
     desc:str='images' # beside the progress bar
@@ -217,6 +217,7 @@ def run_stage(
 ) -> AttrDict|list: # folder; written, skipped, empty: counts; bad: [(id, problem)]; seconds. A list for several outputs
     "Read, compute, write every image: existing files are skipped, unusable images listed. Raises `DataError`."
     start, work, several = time.time(), work or Work(), isinstance(outs, list)
+    work = replace(work, processes=min(cores() if work.processes is None else work.processes, len(ids)))
     many = outs if several else [outs]
     def results(items): return [r if several else [r] for r in (compute(items) if compute else items)]
     with connected(), ExitStack() as held:

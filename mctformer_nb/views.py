@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'REFERENCE_VIEWS', 'InputSpec', 'input_spec', 'view_size', 'rgb_tensor', 'to_input',
-           'square_input', 'Views', 'view_sizes', 'photo_views']
+           'square_input', 'Views', 'view_sizes', 'photo_views', 'plan_batches']
 
 # %% ../nbs/06_views.ipynb #0860ff71
 from dataclasses import dataclass
 import numpy as np, torch
 from PIL import Image
 from torch import Tensor
-from .core import need
+from .core import describe_error, need, progress
+from .stage import attempt
 
 # %% ../nbs/06_views.ipynb #31c58815
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
@@ -146,3 +147,23 @@ def photo_views(
         mirror = [x.flip(-1)[..., :h, :w]] if views.flip else []
         out.append(torch.cat([x[..., :h, :w], *mirror]))
     return out
+
+# %% ../nbs/06_views.ipynb #d44f2e45
+def plan_batches(
+    ds:'Dataset', # photos
+    patch:int, # patch size of the model
+    views:Views=Views(), # what it sees of a photo
+    batch_size:int=8, # photos a batch
+    pixels:int=512**2, # of a view that so many share a batch with; of larger ones fewer do
+) -> tuple: # [[id]] in the order of the data set, and [(id, problem)] of photos without a readable header
+    "Photos whose views have the same sizes, in batches"
+    groups, bad, large = {}, [], []
+    for i,id in enumerate(progress(ds.ids, 'sizes')):
+        size = attempt(ds.size, id, errors=Exception)
+        if isinstance(size, Exception): bad.append((id, describe_error(size)))
+        elif not views.image_size and views.longest and max(size)>views.longest: large.append(id)
+        if not isinstance(size, Exception): groups.setdefault(view_sizes(size, patch, views), []).append((i, id))
+    if large: print(f'{len(large)} photos of over {views.longest} pixels are seen smaller (--longest): {large[0]} ...')
+    def fit(sizes): return max(1, min(batch_size, batch_size*pixels//max(h*w for h,w in sizes)))
+    batches = [g[j:j+n] for sizes,g in groups.items() for n in (fit(sizes),) for j in range(0, len(g), n)]
+    return [[id for _,id in b] for b in sorted(batches)], bad
