@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['AFFINITY_RECIPES', 'AffinityNet', 'CropOptions', 'cut_sample', 'AffinityCrops', 'affinity_loaders',
            'show_affinity_batch', 'AffinityGap', 'freeze_stem', 'FitOptions', 'affinity_learner', 'save_affinity',
-           'load_affinity', 'RunOptions', 'affinity_options', 'train_affinity', 'predict_affinity', 'boundary_map',
+           'load_affinity', 'affinity_options', 'train_affinity', 'predict_affinity', 'boundary_map',
            'show_affinity_results']
 
 # %% ../nbs/30_affinitynet.ipynb #3a4789e4
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,8 +27,8 @@ from .datasets import Dataset
 from .learner import PolySchedule, fit_run, param_groups
 from .pairs import affinity_labels, pair_affinity, pair_kinds, pair_loss, pair_offsets, pair_starts, shifted
 from .ranks import local_device, rank
-from .recipes import EpochSamples, describe_size, recipe_learner, recipe_loaders
-from .runs import RUN_KINDS, RunKind, load_run, noted, save_run, split_options
+from .recipes import EpochSamples, RunOptions, describe_size, recipe_learner, recipe_loaders
+from .runs import RUN_KINDS, RunKind, as_settings, load_run, save_run, split_options
 from .training_files import data_fingerprint, find_label_files, first_few, labels_fingerprint
 from .training_files import read_photo_label
 from .views import InputSpec, input_spec, to_input
@@ -107,6 +106,7 @@ def _cut(a, x, y, crop):
     x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x+crop, W), min(y+crop, H)
     return F.pad(a[..., y0:y1, x0:x1], (x0-x, x+crop-x1, y0-y, y+crop-y1))
 
+# %% ../nbs/30_affinitynet.ipynb #0ef1c868
 def cut_sample(
     image:Image.Image, # RGB photo
     classes:np.ndarray, # (k,) of its label
@@ -288,15 +288,6 @@ def load_affinity(
     "Rebuild the network of a run folder. Raises `DataError` naming the file."
     return load_run(folder, backbone, kind='affinitynet')
 
-# %% ../nbs/30_affinitynet.ipynb #cb82a007
-@dataclass
-class RunOptions:
-    "How a training runs; nothing here changes its result, unless a callback does"
-    device:str=None # default CUDA if there is one
-    fresh:bool=False # throw away what is in the folder
-    log:Callable=partial(print, flush=True) # receives one line per epoch
-    cbs:tuple=() # more callbacks of fastai
-
 # %% ../nbs/30_affinitynet.ipynb #09a56fcc
 def affinity_options(
     recipe:str, # of `AFFINITY_RECIPES`
@@ -324,17 +315,16 @@ def train_affinity(
     (run, load, fit, net), (files, missing) = affinity_options(recipe, options), find_label_files(labels, ds)
     lost = f'{labels}: no labels for {len(missing)} of {len(ds)} images, left out: {first_few(missing, 10)}'
     if missing and not rank(): run.log(lost)
-    settings = noted(load | fit | net | dict(pretrained=pretrained))
-    settings |= dict(data=data_fingerprint(ds.subset(list(files))), labels=labels_fingerprint(labels, files))
+    data, made = data_fingerprint(ds.subset(list(files))), labels_fingerprint(labels, files)
+    settings = as_settings(load | fit | net | dict(pretrained=pretrained)) | dict(data=data, labels=made)
     def make(start):
         model = AffinityNet(pretrained=pretrained if start else False, **net)
         dls = affinity_loaders(ds, labels, seed, local_device(run.device), model.input_spec, **load)
         return affinity_learner(dls, model, **fit).add_cbs(run.cbs or ())
     def about(learn):
         held, told = len(getattr(learn.dls.valid, 'dataset', ())), getattr(ds, 'understood', '')
-        return [f"{settings['data']}, {held} held out; {describe_size(learn.model, learn.dls.device)}\n{told}"]
-    settings |= dict(epochs=epochs, seed=seed)
-    config = dict(classes=list(ds.classes), crop=load['crop'], train=settings)
+        return [f"{data}, {held} held out; {describe_size(learn.model, learn.dls.device)}\n{told}"]
+    config = dict(classes=list(ds.classes), crop=load['crop'], train=settings | dict(epochs=epochs, seed=seed))
     return fit_run(out, epochs, settings, make, save_affinity, config, seed=seed, about=about, fresh=run.fresh, log=run.log)
 
 # %% ../nbs/30_affinitynet.ipynb #f7dd81cf

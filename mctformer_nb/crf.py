@@ -17,6 +17,7 @@ from fastcore.basics import AttrDict
 from .artifacts import check_seeds, is_complete, load_crf_label, load_seed, read_photo_seed
 from .artifacts import save_crf_label, seeds_digest
 from .core import DataError, need, overlay
+from .files import need_extra
 from .par import PAR, check_pixels, par
 from .ranks import rank
 from .runs import plain
@@ -32,11 +33,8 @@ SEG_CRF = dict(iterations=10, gaussian=(4, 3), bilateral=(83, 5, 3)) # DeepLab, 
 def need_pydensecrf(
 ) -> ModuleType: # pydensecrf.densecrf
     "The compiled module, or a `DataError` that says how to get it"
-    try: import pydensecrf.densecrf as dcrf
-    except ImportError as e:
-        fix = 'Install it with: pip install pydensecrf2 (a C++ compiler is needed), or take PAR, or do without the CRF'
-        raise DataError('pydensecrf', f'cannot be imported ({e})', fix) from None
-    return dcrf
+    return need_extra('pydensecrf.densecrf', fix='Install it with: pip install pydensecrf2 (a C++ compiler is needed), '
+                                                 'or take PAR, or do without the CRF')
 
 # %% ../nbs/24_crf.ipynb #ec0d62fa
 def crf_model(
@@ -103,13 +101,13 @@ def dense_crfs(
 def refine_probs(
     image:np.ndarray, # uint8 (H,W,3), RGB
     probs:list, # of (K,H,W) in [0,1], sets of maps of one photo
-    how:dict=LABEL_CRF, # parameters of `dense_crf`, or of `par`
+    crf:dict=LABEL_CRF, # parameters of `dense_crf`, or of `par`
 ) -> list: # of float32 (K,H,W), each sums to 1 over K
     "Every set made to follow the edges of the photo. Raises `DataError` for arrays that do not fit."
-    if 'dilations' not in how: return dense_crfs(image, probs, **how)
+    if 'dilations' not in crf: return dense_crfs(image, probs, **crf)
     rows = [check_pixels(image, p)[1] for p in probs]
     rows = np.concatenate([p/p.sum(0).clip(1e-6) for p in rows])      # (sum of K,H,W): the weights are the same for all
-    return np.split(par(image, rows, **how), np.cumsum([len(p) for p in probs])[:-1])
+    return np.split(par(image, rows, **crf), np.cumsum([len(p) for p in probs])[:-1])
 
 # %% ../nbs/24_crf.ipynb #1ca7c097
 NO_CRF = 'pydensecrf is not installed: PAR (pixel-adaptive refinement) takes the place of the dense CRF'

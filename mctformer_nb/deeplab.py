@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'crop_view', 'random_view', 'Samples', 'MaskedPhotos', 'segment_loaders', 'show_segment_batch',
            'SegmentLoss', 'MeanIoU', 'PixelAccumulation', 'SegmentRecipe', 'segment_recipe', 'segment_learner',
-           'segment_options', 'describe_training', 'train_segment', 'show_segment_results']
+           'segment_options', 'note_dilation', 'describe_training', 'train_segment', 'show_segment_results']
 
 # %% ../nbs/41_deeplab.ipynb #12fe05ce
 import math, random
@@ -30,7 +30,7 @@ from .learner import PolySchedule, fit_run, param_groups
 from .mask_decoder import decoder_network, segment_network
 from .ranks import local_device, rank_mean
 from .recipes import EpochSamples, describe_size, recipe_learner, recipe_loaders
-from .runs import noted, split_options
+from .runs import as_settings, split_options
 from .scores import confusion, iou_fp_fn
 from .training_files import check_valid, find_masks, first_few, look_at_masks, masks_fingerprint
 from .training_files import read_photo_mask
@@ -108,9 +108,9 @@ class MaskedPhotos(EpochSamples):
         image, mask = read_photo_mask(self.ds, self.masks, self.ids[i])
         return shorter_side(image, self.how.image_size), mask
     def draw(self, image, mask):
-        how = self.how
-        if how.crop is None: return self.spec.normalise(rgb_tensor(image)), torch.from_numpy(mask)
-        return random_view(image, mask, how.crop, how.scales, how.flip, self.spec)
+        crop, scales, flip = self.how.crop, self.how.scales, self.how.flip
+        if crop is None: return self.spec.normalise(rgb_tensor(image)), torch.from_numpy(mask)
+        return random_view(image, mask, crop, scales, flip, self.spec)
 
 # %% ../nbs/41_deeplab.ipynb #cc421898
 def segment_loaders(
@@ -266,9 +266,19 @@ def segment_options(
     learn |= vars(segment_recipe(learn['optimizer'], **{k: options[k] for k in recipe if k in options}))
     net |= {k: options[k] for k in extra if k in options}                       # others keep the backbone's default
     load, later = load | samples, retraining_settings(**later)                  # nothing of a plain DeepLab
-    settings = noted({**load, **learn, **net, **later})
+    settings = as_settings({**load, **learn, **net, **later})
     learn = {k: v for k,v in learn.items() if k!='make'} | dict(loss_func=retraining_loss(later))
     return load, learn, net | dict(decoder=later.get('decoder', 'fov')), settings
+
+# %% ../nbs/41_deeplab.ipynb #bd1cc65f
+def note_dilation(
+    dilation:int, # of LargeFOV; a mask transformer has none, 0
+    grid:int, # cells along a side of a training sample
+) -> list: # of lines, one at most
+    "LargeFOV's outer taps at (dilation, dilation) must fall on the grid, or only the middle ones see features"
+    if dilation<grid: return []
+    return [f'dilation {dilation} reaches beyond the grid, only the middle taps of the head see features; about '
+            f'{max(1, round(.3*grid))} would fit (--dilation)']
 
 # %% ../nbs/41_deeplab.ipynb #ab0ut000
 def describe_training(
@@ -276,12 +286,10 @@ def describe_training(
     model:nn.Module, # to be trained
 ) -> list: # of lines
     "What is to be known about data and network before a training"
-    data, d = dls.train.dataset, model.config.get('dilation', 0)                # a mask transformer has none
-    grid, missing = -(-data.how.crop//model.stride), data.missing
-    return [f'{len(data)} photos with masks, {describe_size(model, dls.device)}, grid {grid} x {grid}',
-            *[f'{len(missing)} photos have no mask and are left out: {first_few(missing)}']*bool(missing),
-            *[f'dilation {d} reaches beyond the grid, only the middle taps of the head see features; about '
-              f'{max(1, round(.3*grid))} would fit (--dilation)']*(d>=grid)]
+    data, grid = dls.train.dataset, -(-dls.train.dataset.how.crop//model.stride)
+    lines = [f'{len(data)} photos with masks, {describe_size(model, dls.device)}, grid {grid} x {grid}']
+    lost = f'{len(data.missing)} photos have no mask and are left out: {first_few(data.missing)}'
+    return lines + [lost]*bool(data.missing) + note_dilation(model.config.get('dilation', 0), grid)
 
 # %% ../nbs/41_deeplab.ipynb #57ecb4fe
 def train_segment(
@@ -308,8 +316,7 @@ def train_segment(
     def save(model, folder, **config):
         save_segment(model, folder, **config, iou=valid and learners[-1].metrics[0].named(ds.classes))
     config = dict(classes=list(ds.classes), crop=load['crop'], image_size=load['image_size'], train=settings)
-    best = 'miou' if valid else None
-    return fit_run(out, epochs, settings, make, save, config, best, seed, about=about, **run)
+    return fit_run(out, epochs, settings, make, save, config, 'miou' if valid else None, seed, about=about, **run)
 
 # %% ../nbs/41_deeplab.ipynb #4e0bfe81
 def show_segment_results(

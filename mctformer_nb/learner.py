@@ -352,7 +352,6 @@ class RunFiles:
     config:dict # for `save`
     best:str=None # metric whose best epoch is kept
     log:callable=noop # of one line an epoch
-    about:callable=lambda learn: () # learner -> lines, said before the first epoch
     def write(self,
         network:torch.nn.Module, # for `save`
         **weights, # model, opt, scaler: state dicts to resume from; none of a finished run
@@ -415,13 +414,13 @@ def train_epochs(
     files:RunFiles, # with the state of the run
     epochs:int, # in all
     seed:int, # of everything random
+    about:callable=None, # learner -> lines, said before the first epoch
 ):
     "The epochs that are not done yet"
-    out, state, first = files.out, files.state, not rank()
-    start = 'model' not in state
+    out, state, first, start = files.out, files.state, not rank(), 'model' not in files.state
     set_seed(seed_of(seed))
     learn = make(start)
-    for line in files.about(learn): files.log(f'{out}: {line}')
+    for line in about(learn) if about else (): files.log(f'{out}: {line}')
     if first and start: save_state(out, state, files.settings)  # only now: a start that fails leaves no run behind
     learn.add_cbs([EpochSeeds(seed), KeepFrozen(), *[EpochBar()]*first, RunFolder(files)])
     learn.remove_cb(ProgressCallback)                                     # the run folder reports
@@ -446,7 +445,7 @@ def fit_run(
     config:dict=None, # what `save` shall note besides epoch and metrics
     best:str=None, # name of a metric, the higher the better: its best epoch is kept in `out/best`
     seed:int=0, # of everything random
-    **options, # fresh: throw away what is in `out`; prior: loss to draw as a line; log: receives lines; about: `RunFiles`
+    **options, # fresh: throw away what is in `out`; prior: loss to draw as a line; log: receives lines; about: `train_epochs`
 ) -> Path: # the run folder
     "Train into a run folder, or go on with the run that is there. Raises `DataError`."
     out, settings = Path(out), settings | dict(epochs=epochs, seed=seed)
@@ -455,8 +454,9 @@ def fit_run(
         with first_alone(): state = open_run(out, settings, options.get('fresh', False) and not rank())
         barrier()                                                 # nobody cleans up once the first one writes
         done = f"{out}: finished after {state['epoch']} epochs, nothing to do. Use --fresh to train again."
+        files = RunFiles(out, state, settings, save, config or {}, best, log)
         if state['epoch']>=epochs: log(done)
-        else: train_epochs(make, RunFiles(out, state, settings, save, config or {}, best, log, options.get('about', RunFiles.about)), epochs, seed)
+        else: train_epochs(make, files, epochs, seed, options.get('about'))
         if not (curves := out/'figures'/'loss.png').exists() and not rank():
             with atomic_path(curves) as p: plot_history(out, options.get('prior')).savefig(p)
     return out

@@ -89,7 +89,7 @@ class OtherAffinity:
     boxes:float=None   # threshold of `class_boxes`, default no boxes
     # photos squeezed into a square: every photo costs the same, long ones half; False: their proportions
     square:bool=True
-    def noted(self): # plain values, all that decides what it does
+    def settings(self): # plain values, all that decides what it does
         return {k: v for k,v in vars(self).items() if k!='vit'} | dict(model=weights_digest(self.vit))
     def size(self, photo): # (W,H) -> (h,w) of what the network sees, in pixels
         return view_size((1, 1) if self.square else photo, self.vit.patch_embed.feat_ratio(), self.side)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUN_KINDS', 'NO_RESULT', 'is_archive', 'read_state_dict', 'tensors_only', 'strip_prefix', 'packaged_weights',
            'check_state', 'weights_digest', 'RunKind', 'run_kind', 'check_config', 'save_run', 'load_run',
-           'load_weights', 'check_data', 'plain', 'noted', 'split_options']
+           'load_weights', 'check_data', 'plain', 'as_settings', 'split_options']
 
 # %% ../nbs/07_runs.ipynb #e801bd55
 import argparse, hashlib, importlib, inspect, pickle
@@ -246,7 +246,7 @@ def plain(
 NO_RESULT = 'workers', 'cache', 'cbs', 'make' # options that change no result; `make`, an optimiser's class, is told by its name
 
 # %% ../nbs/07_runs.ipynb #87810053
-def noted(
+def as_settings(
     options:dict, # {name: value}
     **usual, # options that came later, at what was done before
 ) -> dict: # {name: plain value}

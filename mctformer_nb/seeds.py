@@ -21,7 +21,7 @@ from .core import need
 from .fast_maps import at_precision, localize_kinds
 from .other_affinity import OtherAffinity, patch_affinity
 from .ranks import local_device
-from .runs import check_data, noted, split_options, weights_digest
+from .runs import as_settings, check_data, split_options, weights_digest
 from .stage import Output, Work, run_stage
 from .views import Views, input_spec, photo_views, plan_batches, view_sizes
 
@@ -110,10 +110,9 @@ class SeedOptions:
 def seed_options(
     options:dict, # by name
 ) -> tuple[Views, SeedOptions]:
-    "Options as the dataclasses that know them. Raises `DataError` for an unknown one."
+    "Options as the dataclasses that know them. Raises `DataError` for an unknown or impossible one."
     views, how = split_options(options, Views, SeedOptions)
-    views['scales'] = tuple(np.atleast_1d(views['scales']).astype(float).tolist())
-    return Views(**views), SeedOptions(**how)
+    return Views(**views).check(), SeedOptions(**how).check()
 
 # %% ../nbs/22_seeds.ipynb #65bfc542
 def seed_kind(
@@ -136,12 +135,10 @@ def seed_settings(
 ) -> dict: # plain values
     "Everything that decides what is in the files. Raises `DataError` for what cannot be."
     maps, threshold = seed_kind(model, maps), how.label_threshold if how.labels=='predicted' else None
-    views.check()
     check_data(model, ds)
-    how.check()
-    later = dict(fit=views.fit, longest=views.longest, compete=how.compete, affinity=how.affinity and how.affinity.noted())
-    later = noted(later, fit=Views.fit, longest=Views.longest, compete=False, affinity=None)
-    return dict(maps, refine=bool(maps['refine'] and not how.affinity), scales=[float(s) for s in views.scales],
+    later = dict(fit=views.fit, longest=views.longest, compete=how.compete, affinity=how.affinity and how.affinity.settings())
+    later = as_settings(later, fit=Views.fit, longest=Views.longest, compete=False, affinity=None)
+    return dict(maps, refine=bool(maps['refine'] and not how.affinity), scales=list(views.scales),
                 flip=bool(views.flip), image_size=views.image_size, labels=how.labels, label_threshold=threshold,
                 score=model.score, precision=None if how.precision=='float32' else how.precision,
                 classes=list(ds.classes), model=weights_digest(model), **later)
@@ -177,8 +174,9 @@ def read(self:SeedNet,
     "A photo as the network wants it. Raises `DataError` if it is not of the size that was planned with."
     image, size, other = ds.image(id), ds.size(id), self.choice.affinity
     x, planned = photo_views(image, self.patch, self.views, self.spec), view_sizes(size, self.patch, self.views)
-    need(all(v.shape[-2:] == s for v,s in zip(x, planned)), id,
-         f'the photo is {image.size}, its header or manifest says {size}', 'Save it, or make the manifest, again')
+    fits = all(v.shape[-2:] == s for v,s in zip(x, planned))
+    differs = f'the photo is {image.size}, its header or manifest says {size}'
+    need(fits, id, differs, 'Save it, or make the manifest, again')
     return AttrDict(x=x, own=other and other.view(image), size=image.size[::-1],
                     classes=ds.labels(id) if self.choice.labels=='given' else None)
 
@@ -255,8 +253,8 @@ def extract_seeds(
     **options, # of `Views` (scales, flip, image_size, ...) and `SeedOptions` (labels, batch_size, device, ...)
 ) -> AttrDict: # folder; written, skipped, empty: counts; bad: [(id, problem)]; seconds
     "Write one seed file an image: existing ones are skipped, unreadable photos listed. Raises `DataError`."
-    return extract_kinds(model, ds, {out: dict(kind=kind, layers=layers, refine=refine, rule=rule)},
-                         **options)[str(out)]
+    maps = dict(kind=kind, layers=layers, refine=refine, rule=rule)
+    return extract_kinds(model, ds, {out: maps}, **options)[str(out)]
 
 # %% ../nbs/22_seeds.ipynb #26c6b77c
 def show_seeds(

@@ -22,6 +22,7 @@ from .deeplab_net import load_segment, show_pictures
 from .photo_masks import PhotoMasks, photo_dataset, photo_source
 from .ranks import local_device
 from .runs import plain, split_options, weights_digest
+from .training_files import first_few
 from .views import InputSpec, input_spec, rgb_tensor
 
 # %% ../nbs/42_segment.ipynb #5c8b773b
@@ -177,9 +178,9 @@ def segment_dataset(
     net, cfg = (run[0], dict(classes=run[1])) if isinstance(run, tuple) else load_segment(run)
     names, size = list(cfg['classes']), views.image_size or cfg.get('image_size')
     ds = ds if isinstance(ds, Dataset) else photo_dataset(ds, names)
-    theirs, ours = ', '.join(ds.classes[:3]), ', '.join(names[:3])
     need(not hasattr(net, 'variant'), 'run', 'is an MCTformer', 'Give a segmentation network; mct_predict takes both')
-    need(list(ds.classes)==names, ds.name, f'has the classes {theirs} ..., the network {ours} ...', 'Use its own data')
+    differ = f'has the classes {first_few(ds.classes, 3)}, the network {first_few(names, 3)}'
+    need(list(ds.classes)==names, ds.name, differ, 'Use its own data')
     how = dict(vars(views), image_size=size, crf=plain(crf), classes=names, model=weights_digest(net))
     folder = MaskFolder(out, how, '_segment.json', crf=crf, extras=('overlays',)*bool(overlays))
     with evaluating(net.to(local_device(**device))):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 import torch
@@ -148,6 +148,7 @@ class Work:
     overwrite:bool=False # write files anew that exist
     bad:tuple=() # (id, problem) known before
     desc:str='images' # beside the progress bar
+    def processes_for(self, n): return min(cores() if self.processes is None else self.processes, n) # of n images
 
 # %% ../nbs/05_stage.ipynb #f6f9b2cd
 def read_batch(
@@ -189,8 +190,8 @@ def run_batches(
     "Do what is not done yet"
     read, compute, write = stage
     reports = [AttrDict(written=0, skipped=0, empty=0, bad=[] if rank() else list(work.bad)) for _ in outs]
-    jobs, room = deque(), 2*max(work.processes, 1) if work.processes else 2*max(map(len, batches), default=1)*len(outs)
-    with ThreadPoolExecutor(work.threads) as pool, writers(work.threads, work.processes) as submit:
+    jobs, many, most = deque(), work.processes_for(sum(map(len, batches))), max(map(len, batches), default=1)*len(outs)
+    with ThreadPoolExecutor(work.threads) as pool, writers(work.threads, many) as submit:
         ahead = prefetch(pool, partial(read_batch, read, outs), batches)
         for lacking, loaded in progress(ahead, work.desc, len(batches)):
             for n,r in enumerate(reports):
@@ -202,7 +203,7 @@ def run_batches(
                 for n in lacking[id]:
                     if isinstance(result, Exception): reports[n].bad.append((id, describe_error(result)))
                     else: jobs.append((reports[n], id, submit(write, outs[n].path(id), result[n])))
-            collect(jobs, room)
+            collect(jobs, 2*(many or most))
         collect(jobs)
     return reports
 
@@ -217,7 +218,6 @@ def run_stage(
 ) -> AttrDict|list: # folder; written, skipped, empty: counts; bad: [(id, problem)]; seconds. A list for several outputs
     "Read, compute, write every image: existing files are skipped, unusable images listed. Raises `DataError`."
     start, work, several = time.time(), work or Work(), isinstance(outs, list)
-    work = replace(work, processes=min(cores() if work.processes is None else work.processes, len(ids)))
     many = outs if several else [outs]
     def results(items): return [r if several else [r] for r in (compute(items) if compute else items)]
     with connected(), ExitStack() as held:

@@ -25,7 +25,7 @@ from .learner import CosineSchedule, fit_run, param_groups
 from .mctformer import build_model, save_run, start_from_run
 from .ranks import local_device, world
 from .recipes import EpochSamples, compile_model, describe_size, recipe_learner, recipe_loaders
-from .runs import noted, plain, split_options
+from .runs import as_settings, plain, split_options
 from .training_files import check_valid, data_fingerprint, labelled_photos
 from .views import InputSpec, input_spec
 
@@ -161,14 +161,14 @@ def make_learner(
     lr_mult:dict=None, # see `param_groups`
     amp:str=None, # 'fp16' (default on CUDA), 'bf16', 'off' (default elsewhere)
     compile:bool=False, # `torch.compile` the network: a minute or two at the start, then faster steps
-    **schedule, # of `CosineSchedule`: min_lr, warmup_epochs, warmup_lr, per_step, lag; and cbs, more callbacks
+    cbs:tuple=None, # more callbacks
+    **schedule, # of `CosineSchedule`: min_lr, warmup_epochs, warmup_lr, per_step, lag
 )->Learner:
     "fastai `Learner` with the reference's recipe"
-    more = schedule.pop('cbs', None) or ()
     lr = 5e-4*dls.train.batch_size*world()/512 if lr is None else lr
     loss = getattr(model, 'loss', mct_loss)                  # a model may have terms of its own
     metrics = [MeanAP(f) for f in ['cls'] + ['patch']*(model.variant in ('v2', 'plus'))]
-    groups, cbs = param_groups(model, weight_decay, lr_mult), [CosineSchedule(**schedule), *more]
+    groups, cbs = param_groups(model, weight_decay, lr_mult), [CosineSchedule(**schedule), *(cbs or ())]
     learn = recipe_learner(dls, model, loss, torch.optim.AdamW, groups, cbs, lr, amp, metrics=metrics)
     if compile: compile_model(model)
     return learn
@@ -189,12 +189,11 @@ def training_options(
     "Options by the part that takes them. Raises `DataError` for one that nobody knows."
     receivers, given = (Loading, make_learner, CosineSchedule, ModelOptions), 'ds valid seed device spec dls model'.split()
     load, fit, rate, model, timm_args = split_options(options, *receivers, given=given, rest=True)
-    cbs = timm_args.pop('cbs', None)
     odd, known = sorted(timm_args.keys()-{'grad_checkpointing'}), sorted({*load, *fit, *rate, *model})
     needs_name = isinstance(model['backbone'], str) or not odd
     need(needs_name, f'option {", ".join(odd)}', 'unknown', f'Use {", ".join(known)}')
-    settings = noted({**load, **fit, **rate, **model, **timm_args}, compile=False, lag=True)
-    return load, dict(fit, **rate, cbs=cbs), dict(model, **timm_args), settings
+    settings = as_settings({**load, **fit, **rate, **model, **timm_args}, compile=False, lag=True)
+    return load, fit | rate, model | timm_args, settings
 
 # %% ../nbs/12_train.ipynb #04bfc88d
 def training_summary(

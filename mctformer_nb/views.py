@@ -7,7 +7,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'REFERENCE_VIEWS', 'InputSpec', 'inp
            'square_input', 'Views', 'view_sizes', 'photo_views', 'plan_batches']
 
 # %% ../nbs/06_views.ipynb #0860ff71
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import numpy as np, torch
 from PIL import Image
 from torch import Tensor
@@ -101,15 +101,16 @@ class Views:
         side = self.image_size or min(size)
         return side if not self.longest else min(side, self.longest*min(size)/max(size))
     def check(self):
-        "Itself, or a `DataError`"
-        fine = len(self.scales) and all(0 < s <= 8 for s in self.scales)
-        need(fine, 'scales', f'{list(self.scales)} are not all above 0 and at most 8', 'Give for example 0.75, 1, 1.25')
+        "The same with scales as floats, or a `DataError`"
+        scales = tuple(np.atleast_1d(self.scales).astype(float).tolist())
+        fine = scales and all(0 < s <= 8 for s in scales)
+        need(fine, 'scales', f'{list(scales)} are not all above 0 and at most 8', 'Give for example 0.75, 1, 1.25')
         possible = all(v is None or v >= 1 for v in (self.image_size, self.longest))
         need(possible, 'image size', f'{self.image_size}, longest {self.longest}: not possible',
              'Give the shorter side in pixels')
         need(self.fit in ('round', 'cut', 'square'), 'fit', f'{self.fit!r} is unknown',
              "Choose 'round', 'cut' or 'square'")
-        return self
+        return replace(self, scales=scales)
 
 # %% ../nbs/06_views.ipynb #4ef5v1e0
 REFERENCE_VIEWS = dict(scales=(1.,), flip=True, image_size=None, longest=None, fit='cut') # of the published V1 and V2
