@@ -325,7 +325,7 @@ def train_affinity(
         held, told = len(getattr(learn.dls.valid, 'dataset', ())), getattr(ds, 'understood', '')
         return [f"{data}, {held} held out; {describe_size(learn.model, learn.dls.device)}\n{told}"]
     config = dict(classes=list(ds.classes), crop=load['crop'], train=settings | dict(epochs=epochs, seed=seed))
-    return fit_run(out, epochs, settings, make, save_affinity, config, seed=seed, about=about, fresh=run.fresh, log=run.log)
+    return fit_run(out, epochs, settings, make, save_run, config, seed=seed, about=about, fresh=run.fresh, log=run.log)
 
 # %% ../nbs/30_affinitynet.ipynb #f7dd81cf
 @torch.no_grad()

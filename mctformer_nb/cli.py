@@ -258,8 +258,8 @@ def mct_train(a):
     same = 'variant backbone score epochs batch_size image_size lr min_lr warmup_epochs per_step weight_decay drop_path'
     more = ' aug valid_aug amp compile seed workers cache fresh pretrained'
     options = {k: getattr(a, k) for k in (same+more).split()} | plus_options(a)
-    options |= dict(on_bad='skip' if a.skip_bad else 'raise', lr_mult=lr_factors(a.lr_mult), cbs=dashboard(a.log, a.out))
-    train_classifier(ds, valid, a.out, device=device, **options)
+    options |= dict(on_bad='skip' if a.skip_bad else 'raise', lr_mult=lr_factors(a.lr_mult))
+    train_classifier(ds, valid, a.out, device=device, cbs=dashboard(a.log, a.out), **options)
     report_training(a)
     split = 'train,trainaug' if a.split=='trainaug' else a.split        # the paper scores the seeds of `train`
     hint(a, 'mct_seeds', run=a.out, data=a.data, split=split, **hinted_maps(a))

@@ -176,7 +176,8 @@ def crf_labels(
     alphas, how = [float(a) for a in np.atleast_1d(alphas)], refinement(refiner, crf)
     ordered = len(alphas)==2 and 0 < alphas[0] <= alphas[1]
     need(ordered, 'alphas', f'{alphas} are not a low and a high exponent', 'Give two, the low one first: 1 and 12')
-    settings = dict(alphas=alphas, **plain(dict.fromkeys(crf) | how), classes=list(ds.classes), seeds=seeds_digest(seeds))
+    noted = plain(dict.fromkeys(crf) | how)
+    settings = dict(alphas=alphas, **noted, classes=list(ds.classes), seeds=seeds_digest(seeds))
     files = Output(out, settings, '_crf.json', what='labels')
     work = Work(processes=workers, overwrite=overwrite, desc='CRF labels')
     return run_stage(files, ds.ids, partial(read_photo_seed, ds, seeds), partial(write_label, alphas, how), work=work)

@@ -445,7 +445,7 @@ def fit_run(
     config:dict=None, # what `save` shall note besides epoch and metrics
     best:str=None, # name of a metric, the higher the better: its best epoch is kept in `out/best`
     seed:int=0, # of everything random
-    **options, # fresh: throw away what is in `out`; prior: loss to draw as a line; log: receives lines; about: `train_epochs`
+    **options, # fresh: throw away what is there; prior: loss to draw; log: receives lines; about: see `train_epochs`
 ) -> Path: # the run folder
     "Train into a run folder, or go on with the run that is there. Raises `DataError`."
     out, settings = Path(out), settings | dict(epochs=epochs, seed=seed)

@@ -243,7 +243,7 @@ def plain(
     return v if isinstance(v, (int, float, str, type(None))) else str(v) if isinstance(v, Path) else type(v).__name__
 
 # %% ../nbs/07_runs.ipynb #ba4514d7
-NO_RESULT = 'workers', 'cache', 'cbs', 'make' # options that change no result; `make`, an optimiser's class, is told by its name
+NO_RESULT = 'workers', 'cache', 'cbs', 'make' # change no result; `make`, an optimiser's class, is told by its name
 
 # %% ../nbs/07_runs.ipynb #87810053
 def as_settings(

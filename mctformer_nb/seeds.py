@@ -123,7 +123,7 @@ def seed_kind(
     maps = dict(kind=None, layers=3, refine=True, rule='reference') | maps
     maps['kind'] = maps['kind'] or usual_kind(model)
     check_request(model, maps['kind'], maps['layers'], maps['rule'], None)
-    return maps | (dict(layers=None, refine=False, rule=None) if hasattr(model, 'kinds') else {})   # a baseline has none
+    return maps | (dict(layers=None, refine=False, rule=None) if hasattr(model, 'kinds') else {})      # a baseline's
 
 # %% ../nbs/22_seeds.ipynb #186e0dd5
 def seed_settings(
@@ -136,7 +136,8 @@ def seed_settings(
     "Everything that decides what is in the files. Raises `DataError` for what cannot be."
     maps, threshold = seed_kind(model, maps), how.label_threshold if how.labels=='predicted' else None
     check_data(model, ds)
-    later = dict(fit=views.fit, longest=views.longest, compete=how.compete, affinity=how.affinity and how.affinity.settings())
+    other = how.affinity and how.affinity.settings()
+    later = dict(fit=views.fit, longest=views.longest, compete=how.compete, affinity=other)
     later = as_settings(later, fit=Views.fit, longest=Views.longest, compete=False, affinity=None)
     return dict(maps, refine=bool(maps['refine'] and not how.affinity), scales=list(views.scales),
                 flip=bool(views.flip), image_size=views.image_size, labels=how.labels, label_threshold=threshold,

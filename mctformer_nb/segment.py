@@ -146,7 +146,7 @@ class MaskFolder(PhotoMasks):
     def __post_init__(self):
         super().__post_init__()
         self.heavy = bool(self.crf)
-    def finish(self, image, found): return refined_mask(image, found.labels, found.rows, self.crf)                    # (h,w)
+    def finish(self, image, found): return refined_mask(image, found.labels, found.rows, self.crf)   # (h,w)
 
 # %% ../nbs/42_segment.ipynb #l00kd33p
 def find_by_network(

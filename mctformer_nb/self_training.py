@@ -181,8 +181,8 @@ def self_training_settings(
     "Everything that decides what is in the files"
     learnt = {k: getattr(how, k) for k in ('low', 'high', 'epochs', 'lr', 'weight_decay', 'temperature', 'seed')}
     learnt['precision'] = frozen_precision(how.precision, local_device(how.device))
-    return dict(kind='self-trained', affinity=other and other.settings(), **learnt, photos=len(ds), split=ds.split, classes=list(ds.classes),
-                model=weights_digest(model))
+    return dict(kind='self-trained', affinity=other and other.settings(), **learnt, photos=len(ds), split=ds.split,
+                classes=list(ds.classes), model=weights_digest(model))
 
 # %% ../nbs/25_self_training.ipynb #2589a1d3
 def self_trained_seeds(

@@ -187,11 +187,11 @@ def training_options(
     options:dict, # by name
 ) -> tuple: # those of the loaders, the learner, the model (and timm); and all of them, with defaults, as plain values
     "Options by the part that takes them. Raises `DataError` for one that nobody knows."
-    receivers, given = (Loading, make_learner, CosineSchedule, ModelOptions), 'ds valid seed device spec dls model'.split()
+    receivers = Loading, make_learner, CosineSchedule, ModelOptions
+    given = 'ds valid seed device spec dls model'.split()
     load, fit, rate, model, timm_args = split_options(options, *receivers, given=given, rest=True)
-    odd, known = sorted(timm_args.keys()-{'grad_checkpointing'}), sorted({*load, *fit, *rate, *model})
-    needs_name = isinstance(model['backbone'], str) or not odd
-    need(needs_name, f'option {", ".join(odd)}', 'unknown', f'Use {", ".join(known)}')
+    odd, known = sorted(timm_args.keys()-{'grad_checkpointing'}), ', '.join(sorted({*load, *fit, *rate, *model}))
+    need(isinstance(model['backbone'], str) or not odd, f'option {", ".join(odd)}', 'unknown', f'Use {known}')
     settings = as_settings({**load, **fit, **rate, **model, **timm_args}, compile=False, lag=True)
     return load, fit | rate, model | timm_args, settings
 
@@ -230,8 +230,7 @@ def train_classifier(
         dls = make_loaders(ds, valid, seed, local_device(device), input_spec(model), **load)
         return make_learner(dls, model, **fit)
     def about(learn): return [training_summary(learn.dls, learn.model, settings['data'], prior)]
-    settings |= dict(epochs=epochs, seed=seed)
-    config = dict(classes=list(ds.classes), image_size=load['image_size'], train=settings)
+    config = dict(classes=[*ds.classes], image_size=load['image_size'], train=dict(settings, epochs=epochs, seed=seed))
     return fit_run(out, epochs, settings, make, save_run, config, 'map_cls', seed, prior=prior, about=about, **run)
 
 # %% ../nbs/12_train.ipynb #74c3bd5d
