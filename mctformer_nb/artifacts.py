@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['check_maps', 'save_seed', 'load_seed', 'has_seed', 'save_crf_label', 'load_crf_label', 'is_complete', 'check_seeds',
-           'read_photo_seed']
+           'read_photo_seed', 'seeds_digest', 'background_score']
 
 # %% ../nbs/04_artifacts.ipynb #89b25fb1
-import zipfile
+import hashlib, zipfile
 from pathlib import Path
 import numpy as np
 from PIL import Image
@@ -133,3 +133,25 @@ def read_photo_seed(
     need(most < n, path, f'class {most} is not one of the {n} of {ds.name}',
          'Use the data that the seeds were made from')
     return image, classes, maps
+
+# %% ../nbs/04_artifacts.ipynb #15f3151f
+def seeds_digest(
+    folder:str|Path, # of seed files
+) -> str|None: # 16 hexadecimal digits; None where their settings are not noted
+    "What identifies seeds, by what they were made with"
+    note = Path(folder)/'_seeds.json'
+    return hashlib.sha256(note.read_bytes()).hexdigest()[:16] if note.is_file() else None
+
+# %% ../nbs/04_artifacts.ipynb #b6d88d83
+def background_score(
+    background:float|str|Path, # a number, or the JSON file that `mct_score --json` wrote for seeds
+) -> float: # score of the background
+    "The number, or the file's `best_threshold`; `DataError` if it is neither"
+    try: score = float(background)
+    except (TypeError, ValueError):
+        found = read_json(background)
+        score = found.get('best_threshold') if isinstance(found, dict) else None
+    fix = 'Score seeds (not masks) with mct_score --json, or give a number'
+    need(isinstance(score, (int, float)), background, 'has no best_threshold', fix)
+    need(0 <= score <= 1, background, f'the background score {score} is outside 0 to 1', 'The reference uses 0.39')
+    return float(score)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'RULES', 'ATTENTION', 'class_to_patch', 'minmax', 'fuse_layers', 'patch_cam', 'fuse_maps', 'Maps',
-           'check_request', 'evaluating', 'baseline_maps', 'num_prefix', 'localize', 'localize_image', 'plot_maps']
+           'usual_kind', 'check_request', 'evaluating', 'baseline_maps', 'num_prefix', 'localize', 'localize_image',
+           'plot_maps']
 
 # %% ../nbs/21_attention.ipynb #bc2dc8cf
 from contextlib import contextmanager
@@ -88,6 +89,14 @@ class Maps:
     layers:int=3           # K of Eq. 2, None for all
     refine:bool=True       # patch affinity, Eq. 3 and 7
     rule:str='reference'   # 'reference' | 'paper' | 'plus', see the table above
+
+# %% ../nbs/21_attention.ipynb #410445aa
+def usual_kind(
+    model:nn.Module, # an MCTformer, or a baseline with `kinds` of its own
+) -> str: # kind of map
+    "'fused', 'attn' of a V1, which has no patch head, or the first kind of a baseline"
+    if hasattr(model, 'kinds'): return model.kinds[0]
+    return 'attn' if model.variant=='v1' else 'fused'
 
 # %% ../nbs/21_attention.ipynb #54b8ec08
 def check_request(

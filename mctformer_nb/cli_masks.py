@@ -10,10 +10,9 @@ __all__ = ['SEGMENT_ARGS', 'DECODER_ARGS', 'INFER_ARGS', 'report_stage', 'stage_
 # %% ../nbs/61_cli_masks.ipynb #b68c750d
 import argparse, shlex
 from pathlib import Path
-from .cli import LOG, RECIPE, fill_recipe, report_training, training_callbacks
-from .command import (arg, check_device, comma_list, command, data_args, device_args, elapsed, hint,
-                                  lr_factors,
-                                  number, report_bad, training_data)
+from .cli import LOG, RECIPE, fill_recipe, report_training
+from .command import arg, check_device, comma_list, command, data_args, device_args, elapsed, hint
+from .command import lr_factors, number, report_bad, training_data
 
 # %% ../nbs/61_cli_masks.ipynb #508b3b74
 def report_stage(
@@ -96,9 +95,10 @@ def fit_options(
     a:argparse.Namespace, # parsed arguments of `fit_args`
 ) -> dict: # by name, as the library takes them
     "What was not given keeps the library's default"
+    from mctformer_nb.dashboards import dashboard
     same = 'backbone pretrained epochs batch_size crop workers seed fresh lr amp head_mult width output_stride'
     out = {k: getattr(a, k, None) for k in same.split()} | dict(lr_mult=lr_factors(a.lr_mult))
-    out |= dict(on_bad='skip' if a.skip_bad else 'raise', device=check_device(a.device), cbs=training_callbacks(a))
+    out |= dict(on_bad='skip' if a.skip_bad else 'raise', device=check_device(a.device), cbs=dashboard(a.log, a.out))
     return {k: v for k,v in out.items() if v is not None}
 
 # %% ../nbs/61_cli_masks.ipynb #3fdb3e67

@@ -14,6 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 from .core import DataError, describe_error, need, read_json
+from .files import need_extra
 from .photos import noted, safe_name
 
 # %% ../nbs/01e_coco.ipynb #662bf5d3
@@ -157,8 +158,7 @@ class CocoFile:
         self.classes, self.index = [c['name'] for c in categories], {c['id']: i for i,c in enumerate(categories)}
         self.images, self.paths = coco_images(images, Path(folder), file, bad)
         self.labels = self.read_labels(annotations, bad)
-        self.coco = index_coco(dict(images=list(self.images.values()), annotations=annotations, categories=categories),
-                               file)
+        self.coco = index_coco(dict(images=list(self.images.values()), annotations=annotations, categories=categories))
 
 # %% ../nbs/01e_coco.ipynb #3da28377
 @patch
@@ -189,13 +189,9 @@ def read_labels(self:CocoFile,
 # %% ../nbs/01e_coco.ipynb #af6ef4f1
 def index_coco(
     dataset:dict, # images, annotations, categories
-    file:str|Path, # for messages
 )->object: # `COCO` of pycocotools
     "Index of the entries; `DataError` without pycocotools"
-    try: from pycocotools.coco import COCO
-    except ImportError:
-        raise DataError(file, 'reading COCO needs pycocotools', 'Install it with: pip install pycocotools') from None
-    coco = COCO()
+    coco = need_extra('pycocotools.coco', 'coco').COCO()
     coco.dataset = dataset
     with redirect_stdout(io.StringIO()): coco.createIndex()
     return coco

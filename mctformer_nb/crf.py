@@ -8,17 +8,20 @@ __all__ = ['LABEL_CRF', 'SEG_CRF', 'NO_CRF', 'REFERENCE_ALPHAS', 'PSA_ALPHAS', '
            'refined_mask', 'show_crf_labels']
 
 # %% ../nbs/24_crf.ipynb #61df70e8
-import hashlib, sys
+import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 import numpy as np
 from fastcore.basics import AttrDict
-from .artifacts import check_seeds, is_complete, load_crf_label, load_seed, read_photo_seed, save_crf_label
+from .artifacts import check_seeds, is_complete, load_crf_label, load_seed, read_photo_seed
+from .artifacts import save_crf_label, seeds_digest
 from .core import DataError, need, overlay
+from .files import need_extra
 from .par import PAR, check_pixels, par
 from .ranks import rank
-from .stage import Output, Work, cores, run_stage
+from .runs import plain
+from .stage import Output, Work, run_stage
 
 # %% ../nbs/24_crf.ipynb #88dcc0b1
 LABEL_CRF = dict(iterations=10, gaussian=(3, 3), bilateral=(80, 13, 10)) # PSA: (sxy, compat), (sxy, srgb, compat)
@@ -30,11 +33,8 @@ SEG_CRF = dict(iterations=10, gaussian=(4, 3), bilateral=(83, 5, 3)) # DeepLab, 
 def need_pydensecrf(
 ) -> ModuleType: # pydensecrf.densecrf
     "The compiled module, or a `DataError` that says how to get it"
-    try: import pydensecrf.densecrf as dcrf
-    except ImportError as e:
-        fix = 'Install it with: pip install pydensecrf2 (a C++ compiler is needed), or take PAR, or do without the CRF'
-        raise DataError('pydensecrf', f'cannot be imported ({e})', fix) from None
-    return dcrf
+    return need_extra('pydensecrf.densecrf', fix='Install it with: pip install pydensecrf2 (a C++ compiler is needed), '
+                                                 'or take PAR, or do without the CRF')
 
 # %% ../nbs/24_crf.ipynb #ec0d62fa
 def crf_model(
@@ -101,13 +101,13 @@ def dense_crfs(
 def refine_probs(
     image:np.ndarray, # uint8 (H,W,3), RGB
     probs:list, # of (K,H,W) in [0,1], sets of maps of one photo
-    how:dict=LABEL_CRF, # parameters of `dense_crf`, or of `par`
+    crf:dict=LABEL_CRF, # parameters of `dense_crf`, or of `par`
 ) -> list: # of float32 (K,H,W), each sums to 1 over K
     "Every set made to follow the edges of the photo. Raises `DataError` for arrays that do not fit."
-    if 'dilations' not in how: return dense_crfs(image, probs, **how)
+    if 'dilations' not in crf: return dense_crfs(image, probs, **crf)
     rows = [check_pixels(image, p)[1] for p in probs]
     rows = np.concatenate([p/p.sum(0).clip(1e-6) for p in rows])      # (sum of K,H,W): the weights are the same for all
-    return np.split(par(image, rows, **how), np.cumsum([len(p) for p in probs])[:-1])
+    return np.split(par(image, rows, **crf), np.cumsum([len(p) for p in probs])[:-1])
 
 # %% ../nbs/24_crf.ipynb #1ca7c097
 NO_CRF = 'pydensecrf is not installed: PAR (pixel-adaptive refinement) takes the place of the dense CRF'
@@ -150,13 +150,13 @@ def add_background(
 # %% ../nbs/24_crf.ipynb #e415515d
 def write_label(
     alphas:tuple, # low and high exponent of the background
-    how:dict, # parameters for `refine_probs`
+    crf:dict, # parameters for `refine_probs`
     path:str|Path, # file to write, `<id>.npz`
     item:tuple, # photo, classes (k,), maps (k,H,W): see `read_photo_seed`
 ) -> int: # number of classes
     "Write the label file of one image"
     image, classes, maps = item
-    low, high = refine_probs(np.asarray(image), [add_background(maps, a) for a in alphas], how)
+    low, high = refine_probs(np.asarray(image), [add_background(maps, a) for a in alphas], crf)
     save_crf_label(path, classes, low, high)
     return len(classes)
 
@@ -173,15 +173,13 @@ def crf_labels(
 ) -> AttrDict: # folder; written, skipped, empty: counts; bad: [(id, problem)]; seconds
     "Write one label file an image. Skips existing ones, lists unusable images; `DataError` for what cannot work at all"
     check_seeds(seeds, ds)
-    alphas, note = [float(a) for a in np.atleast_1d(alphas)], Path(seeds)/'_seeds.json'
+    alphas, how = [float(a) for a in np.atleast_1d(alphas)], refinement(refiner, crf)
     ordered = len(alphas)==2 and 0 < alphas[0] <= alphas[1]
     need(ordered, 'alphas', f'{alphas} are not a low and a high exponent', 'Give two, the low one first: 1 and 12')
-    how = refinement(refiner, crf)
-    digest = hashlib.sha256(note.read_bytes()).hexdigest()[:16] if note.is_file() else None
-    noted = {k: np.asarray(v).tolist() for k,v in (dict.fromkeys(crf) | how).items()}
-    settings = dict(alphas=alphas, **noted, classes=list(ds.classes), seeds=digest)
+    noted = plain(dict.fromkeys(crf) | how)
+    settings = dict(alphas=alphas, **noted, classes=list(ds.classes), seeds=seeds_digest(seeds))
     files = Output(out, settings, '_crf.json', what='labels')
-    work = Work(processes=min(workers or cores(), len(ds)), overwrite=overwrite, desc='CRF labels')
+    work = Work(processes=workers, overwrite=overwrite, desc='CRF labels')
     return run_stage(files, ds.ids, partial(read_photo_seed, ds, seeds), partial(write_label, alphas, how), work=work)
 
 # %% ../nbs/24_crf.ipynb #deb34954

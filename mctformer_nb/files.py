@@ -45,12 +45,13 @@ def describe_error(
 # %% ../nbs/001_files.ipynb #b695016a
 def need_extra(
     name:str, # of a module
-    extra:str, # the extra of this package that brings it
+    extra:str='', # the extra of this package that brings it
+    fix:str='', # what else to do
 )->ModuleType:
     "An optional library, or a `DataError` that says how to get it"
     try: return import_module(name)
     except ImportError as e: why = f'cannot be imported ({e})'
-    raise DataError(name, why, f'Install it with: pip install "mctformer_nb[{extra}]"')
+    raise DataError(name, why, fix or f'Install it with: pip install "mctformer_nb[{extra}]"')
 
 # %% ../nbs/001_files.ipynb #afd5db2f
 def read_text(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'RUN_FILES', 'frozen_network', 'load_frozen', 'frozen_precision', 'at_bits', 'frozen_features',
-           'FrozenCAM', 'pooled_features', 'fit_logistic', 'choose_strength', 'head_scores', 'is_finished',
-           'labels_digest', 'labelled', 'train_frozen']
+           'FrozenCAM', 'pooled_features', 'fit_logistic', 'choose_strength', 'head_scores', 'is_finished', 'labelled',
+           'train_frozen']
 
 # %% ../nbs/16_frozen.ipynb #d5710713
-import hashlib, shutil, time
+import shutil, time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from .mctformer import MCTOutput, VARIANTS
 from .ranks import local_device
 from .runs import packaged_weights, plain, read_state_dict, save_run, strip_prefix, weights_digest
 from .stage import Output, Work, run_stage
+from .training_files import data_fingerprint
 from .views import input_spec, rgb_tensor
 import mctformer_nb.baselines, mctformer_nb.plus          # the other variants
 
@@ -234,15 +235,6 @@ def is_finished(
          'Use another --out, or --fresh to throw it away')
     return True
 
-# %% ../nbs/16_frozen.ipynb #b97b04d8
-def labels_digest(
-    ds:Dataset, # any
-) -> str: # one line
-    "What identifies training data: its name and a digest of ids and labels"
-    digest = hashlib.sha1('\n'.join(map(str, ds.ids)).encode() + np.asarray(ds.targets(),
-            np.uint8).tobytes()).hexdigest()[:12]
-    return f'{ds.name} {ds.split}: {len(ds)} images, {len(ds.classes)} classes, {digest}'
-
 # %% ../nbs/16_frozen.ipynb #ab31c9d2
 def labelled(
     ds:Dataset, # any
@@ -270,8 +262,7 @@ def train_frozen(
     start, out, device = time.time(), Path(out), options.get('device')
     log = options.get('log', partial(print, flush=True))
     settings = dict(recipe='frozen', backbone=backbone, pretrained=plain(pretrained), image_size=image_size,
-                    strength=strength,
-                    data=labels_digest(ds), valid=valid and labels_digest(valid))
+                    strength=strength, data=data_fingerprint(ds), valid=valid and data_fingerprint(valid))
     with folder_lock(out):
         if options.get('fresh'): [(out/f).unlink(missing_ok=True) for f in RUN_FILES]
         if is_finished(out, settings):

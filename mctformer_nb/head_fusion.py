@@ -21,9 +21,9 @@ from .affinity import refine_by
 from .attention import evaluating, num_prefix, patch_cam
 from .core import DataError, atomic_path, need, new_figure, progress
 from .datasets import Dataset
-from .learner import data_fingerprint
 from .runs import check_state, read_state_dict, split_options, weights_digest
 from .train import labelled_photos, make_transform
+from .training_files import data_fingerprint
 from .views import input_spec
 from .vit import capture_qk
 

@@ -17,24 +17,21 @@ from PIL import Image
 from .coco import check_outline
 from .core import DataError, atomic_path, need, open_mask, progress, read_json, save_mask, write_json
 from .datasets import Dataset
-from .deeplab import mask_file
 from .files import need_extra
 from .mctformer import load_run, save_run
 from .photos import PHOTO_SUFFIXES, noted, safe_name
 from .pickles import read_array_dict
 from .seeds import load_seed, save_seed
+from .training_files import mask_file
 
 # %% ../nbs/45_interchange.ipynb #13316b45
 def mask_to_rle(
     region:np.ndarray, # bool (H,W)
 ) -> dict: # size [H, W], counts: text
     "A region as COCO's compressed run lengths. Raises `DataError` when pycocotools is missing."
-    try: from pycocotools.mask import encode
-    except ImportError:
-        raise DataError('COCO RLE', 'pycocotools is not installed', 'pip install "mctformer_nb[coco]"') from None
-    region = np.asarray(region)
+    tool, region = need_extra('pycocotools.mask', 'coco'), np.asarray(region)
     need(region.ndim==2 and region.size, 'region', f'has shape {region.shape}', 'Give one mask (H,W)')
-    r = encode(np.asfortranarray(region.astype(bool), dtype=np.uint8))
+    r = tool.encode(np.asfortranarray(region.astype(bool), dtype=np.uint8))
     return dict(size=[int(s) for s in r['size']], counts=r['counts'].decode('ascii'))
 
 # %% ../nbs/45_interchange.ipynb #5e99d88a
@@ -129,12 +126,8 @@ def region_of(
 ) -> np.ndarray: # bool (H,W)
     "Pixels of a COCO annotation. Raises `DataError` for what is none, or of another size."
     if isinstance(seg, list):
-        try:
-            from pycocotools.mask import frPyObjects, merge
-            h, w = size
-            seg = merge(frPyObjects(check_outline(seg, w, h), h, w))
-        except ImportError:
-            raise DataError('COCO', 'pycocotools is not installed', 'pip install "mctformer_nb[coco]"') from None
+        tool, (h, w) = need_extra('pycocotools.mask', 'coco'), size
+        try: seg = tool.merge(tool.frPyObjects(check_outline(seg, w, h), h, w))
         except (ValueError, TypeError) as e:
             raise DataError('outline', f'is not one ({e})', 'Correct it, or delete the annotation') from None
     region = rle_to_mask(seg)

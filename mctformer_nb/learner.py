@@ -6,11 +6,10 @@
 __all__ = ['RUN_FILES', 'seed_of', 'seeded', 'batch_slices', 'EpochSampler', 'collate_readable', 'epoch_loader', 'make_dls',
            'lr_factor', 'param_groups', 'Schedule', 'CosineSchedule', 'PolySchedule', 'EpochSeeds', 'KeepFrozen',
            'EpochBar', 'Precision', 'metric_columns', 'plot_history', 'merge_metrics', 'unwrap', 'train_together',
-           'data_fingerprint', 'open_run', 'save_state', 'RunFiles', 'RunFolder', 'epoch_line', 'train_epochs',
-           'fit_run']
+           'open_run', 'save_state', 'RunFiles', 'RunFolder', 'epoch_line', 'train_epochs', 'fit_run']
 
 # %% ../nbs/09_learner.ipynb #01228783
-import hashlib, json, operator, os, random, shutil, time
+import json, operator, os, random, shutil, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -29,7 +28,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
 from .core import DataError, atomic_path, folder_lock, need, new_figure, progress, set_seed
 from .core import sweep_temporaries
-from .datasets import Dataset
 from .ranks import barrier, connected, first_alone, gathered, my_part, rank, rank_mean, world
 from .runs import plain, save_run
 
@@ -303,15 +301,6 @@ def train_together(
     fixed = DistributedDataParallelKwargs(static_graph=True)       # allows for parts of a backbone that are not used
     learn.add_cb(Ranks(sync_bn=False, cpu=learn.dls.device.type=='cpu', kwargs_handlers=[fixed]))
 
-# %% ../nbs/09_learner.ipynb #93a35ace
-def data_fingerprint(
-    ds:Dataset, # or anything with name, split, ids, classes and targets()
-) -> str: # one line
-    "What identifies training data: its name and a digest of ids and labels"
-    digest = hashlib.sha1('\n'.join(map(str, ds.ids)).encode() + np.asarray(ds.targets(),
-            np.uint8).tobytes()).hexdigest()[:12]
-    return f'{ds.name} {ds.split}: {len(ds)} images, {len(ds.classes)} classes, {digest}'
-
 # %% ../nbs/09_learner.ipynb #fbc8b5a3
 RUN_FILES = 'resume.pt', 'history.csv', 'model.safetensors', 'config.json', 'figures/loss.png'
 
@@ -425,12 +414,13 @@ def train_epochs(
     files:RunFiles, # with the state of the run
     epochs:int, # in all
     seed:int, # of everything random
+    about:callable=None, # learner -> lines, said before the first epoch
 ):
     "The epochs that are not done yet"
-    out, state, first = files.out, files.state, not rank()
-    start = 'model' not in state
+    out, state, first, start = files.out, files.state, not rank(), 'model' not in files.state
     set_seed(seed_of(seed))
     learn = make(start)
+    for line in about(learn) if about else (): files.log(f'{out}: {line}')
     if first and start: save_state(out, state, files.settings)  # only now: a start that fails leaves no run behind
     learn.add_cbs([EpochSeeds(seed), KeepFrozen(), *[EpochBar()]*first, RunFolder(files)])
     learn.remove_cb(ProgressCallback)                                     # the run folder reports
@@ -455,7 +445,7 @@ def fit_run(
     config:dict=None, # what `save` shall note besides epoch and metrics
     best:str=None, # name of a metric, the higher the better: its best epoch is kept in `out/best`
     seed:int=0, # of everything random
-    **options, # fresh: throw away what is in `out`; prior: loss to draw as a line; log: receives one line per epoch
+    **options, # fresh: throw away what is there; prior: loss to draw; log: receives lines; about: see `train_epochs`
 ) -> Path: # the run folder
     "Train into a run folder, or go on with the run that is there. Raises `DataError`."
     out, settings = Path(out), settings | dict(epochs=epochs, seed=seed)
@@ -464,8 +454,9 @@ def fit_run(
         with first_alone(): state = open_run(out, settings, options.get('fresh', False) and not rank())
         barrier()                                                 # nobody cleans up once the first one writes
         done = f"{out}: finished after {state['epoch']} epochs, nothing to do. Use --fresh to train again."
+        files = RunFiles(out, state, settings, save, config or {}, best, log)
         if state['epoch']>=epochs: log(done)
-        else: train_epochs(make, RunFiles(out, state, settings, save, config or {}, best, log), epochs, seed)
+        else: train_epochs(make, files, epochs, seed, options.get('about'))
         if not (curves := out/'figures'/'loss.png').exists() and not rank():
             with atomic_path(curves) as p: plot_history(out, options.get('prior')).savefig(p)
     return out

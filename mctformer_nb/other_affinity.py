@@ -15,6 +15,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 from .affinity import refine_by, token_attention
 from .core import DataError, need
+from .runs import weights_digest
 from .views import InputSpec, input_spec, rgb_tensor, view_size
 from .vit import build_vit, capture_qk
 
@@ -88,6 +89,8 @@ class OtherAffinity:
     boxes:float=None   # threshold of `class_boxes`, default no boxes
     # photos squeezed into a square: every photo costs the same, long ones half; False: their proportions
     square:bool=True
+    def settings(self): # plain values, all that decides what it does
+        return {k: v for k,v in vars(self).items() if k!='vit'} | dict(model=weights_digest(self.vit))
     def size(self, photo): # (W,H) -> (h,w) of what the network sees, in pixels
         return view_size((1, 1) if self.square else photo, self.vit.patch_embed.feat_ratio(), self.side)
     def view(self, image): # RGB photo -> (1,3,h,w), normalised for the network

@@ -15,7 +15,7 @@ import numpy as np, torch
 from fastcore.basics import AttrDict
 from PIL import Image
 import mctformer_nb
-from .attention import check_request, evaluating
+from .attention import check_request, evaluating, usual_kind
 from .core import atomic_path, need, read_json
 from .crf import SEG_CRF, refinement
 from .datasets import Dataset
@@ -23,7 +23,8 @@ from .deeplab_net import SEGMENT_KINDS
 from .ranks import local_device
 from .runs import load_run, plain, split_options, weights_digest
 from .seeds import batch_maps, maps_to_photo
-from .segment import MaskFolder, SegmentViews, find_by_network, photo_dataset, photo_source
+from .photo_masks import photo_dataset, photo_source
+from .segment import MaskFolder, SegmentViews, find_by_network
 from .stage import attempt
 from .views import input_spec, to_input
 
@@ -90,11 +91,9 @@ def classifier_settings(
     "What decides the masks of a classifier. Raises `DataError`."
     for name,v in (('label threshold', label_threshold), ('background', background)):
         need(0<=v<=1, name, f'{v} is outside 0 to 1', 'Give a number between them')
-    own = getattr(model, 'kinds', ())                                         # a baseline has kinds of its own
-    kind = own[0] if own else 'attn' if model.variant=='v1' else 'fused'
     plus, own = cfg.get('reference')=='plus', model.variant=='plus'                # published; trained here
-    maps = dict(kind=kind, layers=None if own else 3, refine=True, rule='plus' if plus or own else 'reference',
-                ) | (maps or {})
+    rule = 'plus' if plus or own else 'reference'
+    maps = dict(kind=usual_kind(model), layers=None if own else 3, refine=True, rule=rule) | (maps or {})
     check_request(model, maps['kind'], maps['layers'], maps['rule'], None)
     return dict(image_size=image_size, label_threshold=float(label_threshold), background=float(background), maps=maps)
 

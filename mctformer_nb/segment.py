@@ -4,27 +4,25 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'window_slices', 'view_logits', 'SegmentViews', 'scaled_view', 'class_probs', 'present_classes', 'segment',
-           'photo_dataset', 'MaskFolder', 'photo_source', 'find_by_network', 'segment_dataset', 'show_masks']
+           'MaskFolder', 'find_by_network', 'segment_dataset', 'show_masks']
 
 # %% ../nbs/42_segment.ipynb #9ac4c685
-import importlib, io
-from collections.abc import Callable
+import importlib
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
-from fastcore.basics import AttrDict, patch
+from fastcore.basics import AttrDict
 from PIL import Image
-from .artifacts import is_complete
 from .attention import evaluating
-from .core import atomic_path, need, open_mask, overlay, save_mask, write_json
+from .core import need, open_mask, overlay
 from .crf import SEG_CRF, dense_crf, refined_mask, refinement
 from .datasets import Dataset
 from .deeplab_net import load_segment, show_pictures
-from .photos import find_photos, read_photo, read_photo_size
+from .photo_masks import PhotoMasks, photo_dataset, photo_source
 from .ranks import local_device
 from .runs import plain, split_options, weights_digest
-from .stage import Output, Work, cores, run_stage
+from .training_files import first_few
 from .views import InputSpec, input_spec, rgb_tensor
 
 # %% ../nbs/42_segment.ipynb #5c8b773b
@@ -140,76 +138,15 @@ def segment(
     out[labels] = dense_crf(np.asarray(image), rows, **SEG_CRF)
     return out
 
-# %% ../nbs/42_segment.ipynb #feaf697f
-def photo_dataset(
-    photos:str|Path|list, # folder (searched with its subfolders), file, or several of them
-    classes:list=(), # names of the model's classes
-) -> Dataset: # no labels, no masks; the id of a photo is its name without suffix
-    "Any photos as a data set; what cannot be read is named in `bad`. Raises `DataError` if there are none."
-    one, bad, paths, taken = isinstance(photos, (str, Path)), [], {}, set()
-    there = not one or Path(photos).exists()
-    need(there, photos, 'there is no such file or folder', 'Give photos, a folder of them, or a data set as KIND:PATH')
-    for p in map(Path, [photos] if one else photos):
-        for id,file in (find_photos(p, bad) if p.is_dir() else {p.stem: p}).items():
-            names = (f'{id}_{n}' if n>1 else id for n in range(1, 10**6))
-            name = next(n for n in names if n.casefold() not in taken)
-            paths[name] = file
-            taken.add(name.casefold())
-    need(paths, 'photos', 'none were given', 'Give at least one file')
-    read, size = partial(read_photo, paths), partial(read_photo_size, paths)
-    return Dataset('photos', list(classes), list(paths), 'all', read, size, lambda id: (), bad=bad)
-
 # %% ../nbs/42_segment.ipynb #m4skf0ld
 @dataclass
-class MaskFolder(Output):
-    "Masks that the CRF finishes; beside them overlays of the photos, and probabilities of the classes"
-    suffix:str='.png'
-    what:str='masks'
+class MaskFolder(PhotoMasks):
+    "Masks that the CRF finishes, from rows of probabilities"
     crf:dict|None=None # parameters of the CRF, from `refinement`; None: no CRF
-    extras:tuple=() # of 'overlays', 'scores'
-    def __post_init__(self): self.complete = self.is_done
-    def beside(self, path): # mask -> {extra: its file}
-        name, suffix = Path(path).relative_to(self.folder), dict(overlays='.jpg', scores='.json')
-        return {e: Path(self.folder)/e/name.with_suffix(suffix[e]) for e in self.extras}
-    def is_done(self, path): return is_complete(path) and all(f.is_file() for f in self.beside(path).values())
-    def write(self, path, found):
-        image, beside = np.asarray(found.image), self.beside(path)                                    # (h,w,3)
-        mask = Image.fromarray(refined_mask(image, found.labels, found.rows, self.crf))               # (h,w)
-        mask = np.asarray(mask.resize(found.size, Image.NEAREST))                                     # (H,W)
-        if 'scores' in beside: write_json(beside['scores'], dict(photo=found.photo, scores=found.scores))
-        if 'overlays' in beside:
-            jpeg = io.BytesIO()                             # PIL does not notice when a disk is full
-            overlay(image, mask).save(jpeg, 'JPEG', quality=90)
-            with atomic_path(beside['overlays']) as p: p.write_bytes(jpeg.getvalue())
-        save_mask(path, mask)                               # last: its presence tells that the photo is done
-
-# %% ../nbs/42_segment.ipynb #s0urc300
-def photo_source(
-    ds:Dataset, # photos
-    id:str, # of one
-) -> str: # file, or the id
-    "Where a photo is from"
-    return str(Path(ds.get_image.args[0][id]).resolve()) if ds.name=='photos' else id
-
-# %% ../nbs/42_segment.ipynb #f1llm4sk
-@patch
-def fill(self:MaskFolder,
-    ds:Dataset, # photos
-    find:Callable, # image -> dict of labels (k,), rows (k,h,w) in [0,1], scores {class: probability}
-    longest:int=None, # longer side to which larger photos are reduced, pixels; their masks are enlarged again
-    workers:int=None, # processes for the CRF, default one a core
-    overwrite:bool=False, # write masks anew that exist
-) -> AttrDict: # folder; written, skipped: counts; bad: [(id, problem)]; seconds
-    "Write a mask for every photo. Raises `DataError`."
-    def read(id):
-        image = ds.image(id)
-        size, side = image.size, max(image.size)                                                      # (W,H)
-        if longest and side>longest: image = image.resize([max(1, round(s*longest/side)) for s in size], Image.LANCZOS)
-        return AttrDict(image=image, size=size, photo=photo_source(ds, id))
-    def compute(photos): return [AttrDict(p, **find(p.image)) for p in photos]
-    processes = min(workers or cores(), len(ds)) if self.crf else 1
-    work = Work(processes=processes, overwrite=overwrite, bad=ds.bad, desc='photos')
-    return run_stage(self, ds.ids, read, self.write, compute, work)
+    def __post_init__(self):
+        super().__post_init__()
+        self.heavy = bool(self.crf)
+    def finish(self, image, found): return refined_mask(image, found.labels, found.rows, self.crf)   # (h,w)
 
 # %% ../nbs/42_segment.ipynb #l00kd33p
 def find_by_network(
@@ -241,9 +178,9 @@ def segment_dataset(
     net, cfg = (run[0], dict(classes=run[1])) if isinstance(run, tuple) else load_segment(run)
     names, size = list(cfg['classes']), views.image_size or cfg.get('image_size')
     ds = ds if isinstance(ds, Dataset) else photo_dataset(ds, names)
-    theirs, ours = ', '.join(ds.classes[:3]), ', '.join(names[:3])
     need(not hasattr(net, 'variant'), 'run', 'is an MCTformer', 'Give a segmentation network; mct_predict takes both')
-    need(list(ds.classes)==names, ds.name, f'has the classes {theirs} ..., the network {ours} ...', 'Use its own data')
+    differ = f'has the classes {first_few(ds.classes, 3)}, the network {first_few(names, 3)}'
+    need(list(ds.classes)==names, ds.name, differ, 'Use its own data')
     how = dict(vars(views), image_size=size, crf=plain(crf), classes=names, model=weights_digest(net))
     folder = MaskFolder(out, how, '_segment.json', crf=crf, extras=('overlays',)*bool(overlays))
     with evaluating(net.to(local_device(**device))):

@@ -20,7 +20,7 @@ from .core import atomic_path, need, progress, read_arrays
 from .frozen import FrozenCAM, at_bits, frozen_precision
 from .other_affinity import OtherAffinity
 from .ranks import local_device
-from .runs import split_options, weights_digest
+from .runs import check_data, split_options, weights_digest
 from .seeds import compete_maps, maps_to_photo
 from .stage import Output, Work, run_stage
 from .views import input_spec, square_input
@@ -179,11 +179,10 @@ def self_training_settings(
     how:SelfTraining, # the rest
 ) -> dict: # plain values
     "Everything that decides what is in the files"
-    by = {k: v for k,v in vars(other).items() if k != 'vit'} | dict(model=weights_digest(other.vit)) if other else None
     learnt = {k: getattr(how, k) for k in ('low', 'high', 'epochs', 'lr', 'weight_decay', 'temperature', 'seed')}
     learnt['precision'] = frozen_precision(how.precision, local_device(how.device))
-    return dict(kind='self-trained', affinity=by, **learnt, photos=len(ds), split=ds.split, classes=list(ds.classes),
-                model=weights_digest(model))
+    return dict(kind='self-trained', affinity=other and other.settings(), **learnt, photos=len(ds), split=ds.split,
+                classes=list(ds.classes), model=weights_digest(model))
 
 # %% ../nbs/25_self_training.ipynb #2589a1d3
 def self_trained_seeds(
@@ -197,8 +196,7 @@ def self_trained_seeds(
     how, out, C = SelfTraining(**split_options(options, SelfTraining)[0]), Path(out), len(ds.classes)
     need(isinstance(model, FrozenCAM), 'self-training', 'needs the run of a frozen network',
          'Train with mct_train --recipe frozen')
-    need(model.num_classes == C, 'seeds', f'the model has {model.num_classes} classes, the data {C}',
-         'Use the data of the run')
+    check_data(model, ds)
     settings = self_training_settings(model, ds, other, how)
     cells = Output(out/'_cells', settings, '_cells.json', what='cells')
     seeds = Output(out, settings, '_seeds.json', what='seeds')

@@ -144,10 +144,11 @@ class Work:
     "How the work of a stage is done: nothing here changes what is in the files"
     batches:list=None # [[id]] computed together, the same in every process; default one by one
     threads:int=4 # that read and write
-    processes:int=0 # that write instead of the threads
+    processes:int|None=0 # that write instead of the threads, at most one an image; None: one a core
     overwrite:bool=False # write files anew that exist
     bad:tuple=() # (id, problem) known before
     desc:str='images' # beside the progress bar
+    def processes_for(self, n): return min(cores() if self.processes is None else self.processes, n) # of n images
 
 # %% ../nbs/05_stage.ipynb #f6f9b2cd
 def read_batch(
@@ -189,8 +190,8 @@ def run_batches(
     "Do what is not done yet"
     read, compute, write = stage
     reports = [AttrDict(written=0, skipped=0, empty=0, bad=[] if rank() else list(work.bad)) for _ in outs]
-    jobs, room = deque(), 2*max(work.processes, 1) if work.processes else 2*max(map(len, batches), default=1)*len(outs)
-    with ThreadPoolExecutor(work.threads) as pool, writers(work.threads, work.processes) as submit:
+    jobs, many, most = deque(), work.processes_for(sum(map(len, batches))), max(map(len, batches), default=1)*len(outs)
+    with ThreadPoolExecutor(work.threads) as pool, writers(work.threads, many) as submit:
         ahead = prefetch(pool, partial(read_batch, read, outs), batches)
         for lacking, loaded in progress(ahead, work.desc, len(batches)):
             for n,r in enumerate(reports):
@@ -202,7 +203,7 @@ def run_batches(
                 for n in lacking[id]:
                     if isinstance(result, Exception): reports[n].bad.append((id, describe_error(result)))
                     else: jobs.append((reports[n], id, submit(write, outs[n].path(id), result[n])))
-            collect(jobs, room)
+            collect(jobs, 2*(many or most))
         collect(jobs)
     return reports
 

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'REFERENCE_VIEWS', 'InputSpec', 'input_spec', 'view_size', 'rgb_tensor', 'to_input',
-           'square_input', 'Views', 'view_sizes', 'photo_views']
+           'square_input', 'Views', 'view_sizes', 'photo_views', 'plan_batches']
 
 # %% ../nbs/06_views.ipynb #0860ff71
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import numpy as np, torch
 from PIL import Image
 from torch import Tensor
-from .core import need
+from .core import describe_error, need, progress
+from .stage import attempt
 
 # %% ../nbs/06_views.ipynb #31c58815
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
@@ -100,15 +101,16 @@ class Views:
         side = self.image_size or min(size)
         return side if not self.longest else min(side, self.longest*min(size)/max(size))
     def check(self):
-        "Itself, or a `DataError`"
-        fine = len(self.scales) and all(0 < s <= 8 for s in self.scales)
-        need(fine, 'scales', f'{list(self.scales)} are not all above 0 and at most 8', 'Give for example 0.75, 1, 1.25')
+        "The same with scales as floats, or a `DataError`"
+        scales = tuple(np.atleast_1d(self.scales).astype(float).tolist())
+        fine = scales and all(0 < s <= 8 for s in scales)
+        need(fine, 'scales', f'{list(scales)} are not all above 0 and at most 8', 'Give for example 0.75, 1, 1.25')
         possible = all(v is None or v >= 1 for v in (self.image_size, self.longest))
         need(possible, 'image size', f'{self.image_size}, longest {self.longest}: not possible',
              'Give the shorter side in pixels')
         need(self.fit in ('round', 'cut', 'square'), 'fit', f'{self.fit!r} is unknown',
              "Choose 'round', 'cut' or 'square'")
-        return self
+        return replace(self, scales=scales)
 
 # %% ../nbs/06_views.ipynb #4ef5v1e0
 REFERENCE_VIEWS = dict(scales=(1.,), flip=True, image_size=None, longest=None, fit='cut') # of the published V1 and V2
@@ -146,3 +148,23 @@ def photo_views(
         mirror = [x.flip(-1)[..., :h, :w]] if views.flip else []
         out.append(torch.cat([x[..., :h, :w], *mirror]))
     return out
+
+# %% ../nbs/06_views.ipynb #d44f2e45
+def plan_batches(
+    ds:'Dataset', # photos
+    patch:int, # patch size of the model
+    views:Views=Views(), # what it sees of a photo
+    batch_size:int=8, # photos a batch
+    pixels:int=512**2, # of a view that so many share a batch with; of larger ones fewer do
+) -> tuple: # [[id]] in the order of the data set, and [(id, problem)] of photos without a readable header
+    "Photos whose views have the same sizes, in batches"
+    groups, bad, large = {}, [], []
+    for i,id in enumerate(progress(ds.ids, 'sizes')):
+        size = attempt(ds.size, id, errors=Exception)
+        if isinstance(size, Exception): bad.append((id, describe_error(size)))
+        elif not views.image_size and views.longest and max(size)>views.longest: large.append(id)
+        if not isinstance(size, Exception): groups.setdefault(view_sizes(size, patch, views), []).append((i, id))
+    if large: print(f'{len(large)} photos of over {views.longest} pixels are seen smaller (--longest): {large[0]} ...')
+    def fit(sizes): return max(1, min(batch_size, batch_size*pixels//max(h*w for h,w in sizes)))
+    batches = [g[j:j+n] for sizes,g in groups.items() for n in (fit(sizes),) for j in range(0, len(g), n)]
+    return [[id for _,id in b] for b in sorted(batches)], bad

@@ -12,6 +12,7 @@ from fastcore.basics import AttrDict
 from PIL import Image
 from .core import atomic_path, need, open_mask, progress, voc_palette
 from .datasets import Dataset
+from .training_files import first_few
 
 # %% ../nbs/44_voc_server.ipynb #0d671ffa
 def check_submission(
@@ -23,8 +24,8 @@ def check_submission(
     seen, missing = set(), [i for i in ids if not (Path(masks)/f'{i}.png').is_file()]
     twice = [i for i in ids if i in seen or seen.add(i)]
     need(not twice, masks, f'{", ".join(twice[:1])} is listed more than once', 'List every image once')
-    some = ', '.join(missing[:5]) + ' ...'*(len(missing)>5)
-    need(not missing, masks, f'{len(missing)} of {len(ids)} masks are missing ({some})', 'Write them with mct_segment')
+    lacks = f'{len(missing)} of {len(ids)} masks are missing ({first_few(missing)})'
+    need(not missing, masks, lacks, 'Write them with mct_segment')
 
 # %% ../nbs/44_voc_server.ipynb #v0c00005
 def server_png(

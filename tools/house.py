@@ -36,7 +36,7 @@ WORDS = dict(
     progress='progress print log time seconds report reports skipped written todo bad missing done',
     workers='pool submit result ThreadPoolExecutor ProcessPoolExecutor run_pool workers queue popleft deque cores jobs signal os',
     checks='need check fail DataError Exception OSError OutOfMemoryError isinstance isfinite warnings')
-ROOMS = 'ranks artifacts stage runs'.split()                   # modules below the stages that are engineering throughout, as far as they exist
+ROOMS = 'ranks artifacts training_files stage photo_masks runs'.split()                   # modules below the stages that are engineering throughout, as far as they exist
 ENGINEERING = {w for words in WORDS.values() for w in words.split()}
 
 # ---- reading
