@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
-# A machine without a GPU: make demo TORCH=cpu takes torch from the index of wheels without CUDA, a tenth of the size. Another index: TORCH_INDEX=...
+# A machine without a GPU: make demo TORCH=cpu takes torch from the index of wheels without CUDA. Another index: TORCH_INDEX=...
 TORCH       ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/$(TORCH)
 

@@ -25,7 +25,8 @@ from mctformer_nb.fast_maps import choose_precision, localize_fast
 from mctformer_nb.frozen import train_frozen
 from mctformer_nb.mctformer import MCTformer
 from mctformer_nb.seeds import extract_seeds
-from mctformer_nb.train import mct_loss, param_groups
+from mctformer_nb.learner import param_groups
+from mctformer_nb.train import mct_loss, one_pass_adamw
 from mctformer_nb.views import REFERENCE_VIEWS
 
 NAME = 'deit_small_MCTformerV2_patch16_224'
@@ -145,7 +146,7 @@ def step(a, report, code, side):
     report.add(f'training step {side} x {side}, batch {a.batch_size}, {threads()}', row_of(g['plain'], g['ours'], (g['top'], 2*n**3/1e9), 3*a.batch_size*gflop(side), a.batch_size) | {'largest relative difference': err}, {'times faster': 1.3}, bound='arithmetic')
     return g['ours'], a.batch_size
 
-def ours_optimiser(model, lr): return torch.optim.AdamW(param_groups(model, .05), lr)
+def ours_optimiser(model, lr): return one_pass_adamw(param_groups(model, .05), lr)
 
 def frozen(a, report, code, side):
     "Features once, both mirror images, and the linear layer with its cross-validation, beside steps of full training"

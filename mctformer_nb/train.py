@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['mct_loss', 'prior_loss', 'make_transform', 'shrink', 'labelled_photos', 'Photos', 'Loading', 'make_loaders',
-           'average_precision', 'MeanAP', 'make_learner', 'compile_model', 'ModelOptions', 'training_options',
-           'training_summary', 'train_classifier', 'show_training_photos', 'plot_probabilities', 'show_predictions']
+           'average_precision', 'MeanAP', 'one_pass_adamw', 'make_learner', 'compile_model', 'ModelOptions',
+           'training_options', 'training_summary', 'train_classifier', 'show_training_photos', 'plot_probabilities',
+           'show_predictions']
 
 # %% ../nbs/12_train.ipynb #23e25529
 import os, shutil, sys
@@ -176,6 +177,15 @@ class MeanAP(Metric):
     @property
     def name(self): return f'map_{self.field}'
 
+# %% ../nbs/12_train.ipynb #f05eada0
+def one_pass_adamw(
+    groups:list, # from `param_groups`
+    lr:float, # learning rate
+) -> torch.optim.AdamW:
+    "AdamW, fused where the weights are on a CPU (on a GPU torch chooses)"
+    cpu = all(p.device.type=='cpu' for g in groups for p in g['params'])
+    return torch.optim.AdamW(groups, lr=lr, fused=True if cpu else None)
+
 # %% ../nbs/12_train.ipynb #0dababb9
 def make_learner(
     dls:DataLoaders, # from `make_loaders`
@@ -192,7 +202,7 @@ def make_learner(
     lr = 5e-4*dls.train.batch_size*world()/512 if lr is None else lr
     groups = param_groups(model, weight_decay, lr_mult)
     # the groups replace fastai's splitter
-    def adamw(params, lr): return OptimWrapper(opt=torch.optim.AdamW(groups, lr=lr))
+    def adamw(params, lr): return OptimWrapper(opt=one_pass_adamw(groups, lr))
     fields = ['cls'] + ['patch']*(model.variant in ('v2', 'plus'))
     amp = amp or ('fp16' if dls.device.type=='cuda' else 'off')
     cbs = [CosineSchedule(**schedule), KeepFrozen(), *([] if amp=='off' else [Precision(amp)]), *more]
