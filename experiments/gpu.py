@@ -81,7 +81,7 @@ def speed(a, log):
     "The benchmarks' own scripts; their rows go to the same file"
     top = bf16_limit(a, 128 if a.dry else 8192); log('gpu: speed', 'product of matrices, bf16', 'random', **{'TFLOP/s': top})
     common = ['--device', a.device, '--threads', '0' if not a.dry else '1', *(['--quick'] if a.dry else ['--json', str(a.json)])]
-    jobs = [['extraction.py', '--images', '32', '--sides', '224', '448', '640', '1024', '--batch-size', '8', '--precision', 'float32', 'bf16', 'fp16'], *(['train_step.py', '--batch-size', '64', '--memory-batch', '32', '--parts', 'time', 'memory', '--amp', p] for p in ('off', 'bf16'))]
+    jobs = [['extraction.py', '--images', '32', '--sides', '224', '448', '640', '1024', '--batch-size', '8', *(() if a.dry else ('--precision', 'float32', 'bf16', 'fp16'))], *(['train_step.py', '--batch-size', '64', '--memory-batch', '32', '--parts', 'time', 'memory', '--amp', p] for p in ('off', 'bf16'))]
     for job in jobs:
         if subprocess.run([sys.executable, f'benchmarks/{job[0]}', *job[1:], *common], cwd=ROOT).returncode: print('failed:', *job, flush=True)
     if a.dry or not a.json.is_file(): return

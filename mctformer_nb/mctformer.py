@@ -93,7 +93,7 @@ def add_kept(
 ) -> torch.Tensor: # (B,N,D)
     "`t + path(branch(t))`; what is dropped is not computed"
     keep = 1-path.drop_prob
-    kept = t.new_empty(len(t), 1, 1).bernoulli_(keep).flatten().nonzero()[:, 0]             # (b,) images, drawn as timm does
+    kept = t.new_empty(len(t), 1, 1).bernoulli_(keep).flatten().nonzero()[:, 0] # (b,), drawn as timm does
     if len(kept) == len(t): return t + branch(t)/keep
     none = not len(kept)                                           # one for nothing: every weight has its gradient
     some = kept.new_zeros(1) if none else kept

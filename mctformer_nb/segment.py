@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'window_slices', 'view_logits', 'SegmentViews', 'scaled_view', 'class_probs', 'present_classes', 'segment',
-           'photo_dataset', 'MaskFolder', 'photo_source', 'find_by_network', 'segment_dataset', 'show_masks']
+           'photo_dataset', 'MaskFolder', 'photo_source', 'write_found', 'fill_folders', 'find_by_network',
+           'segment_kinds', 'segment_dataset', 'show_masks']
 
 # %% ../nbs/42_segment.ipynb #9ac4c685
 import importlib, io
@@ -41,9 +42,9 @@ def window_slices(
 @torch.no_grad()
 def view_logits(
     net:torch.nn.Module, # x -> logits at any stride
-    x:torch.Tensor, # (1,3,h,w), normalised
+    x:torch.Tensor, # (B,3,h,w), normalised
     window:int=None, # side of the windows in pixels; default the whole view at once
-) -> torch.Tensor: # (1,C+1,h,w) float32
+) -> torch.Tensor: # (B,C+1,h,w) float32
     "Logits of every pixel of a view"
     h,w = x.shape[-2:]
     def whole(x): return F.interpolate(net(x).float(), x.shape[-2:], mode='bilinear', align_corners=False)
@@ -52,9 +53,9 @@ def view_logits(
     total, weights = 0, torch.zeros(h, w, device=x.device)
     for r in window_slices(h, window):
         for c in window_slices(w, window):
-            y = whole(x[..., r, c])                                                                  # (1,C+1,h_w,w_w)
+            y = whole(x[..., r, c])                                                                  # (B,C+1,h_w,w_w)
             k = torch.outer(ramp(y.shape[-2]), ramp(y.shape[-1])).to(x.device)                       # (h_w,w_w)
-            if not torch.is_tensor(total): total = y.new_zeros(1, y.shape[1], h, w)
+            if not torch.is_tensor(total): total = y.new_zeros(*y.shape[:2], h, w)
             total[..., r, c] += y*k
             weights[r, c] += k
     return total/weights
@@ -106,11 +107,11 @@ def class_probs(
     f = (image_size or min(image.size))/min(image.size)
     for s in scales:
         x = scaled_view(image, s*f, spec).to(device)                                                  # (1,3,h,w)
-        for mirror in (False, True) if flip else (False,):
-            y = view_logits(net, x.flip(-1) if mirror else x, window)                                 # (1,C+1,h,w)
-            y = F.interpolate(y.flip(-1) if mirror else y, image.size[::-1], mode='bilinear', align_corners=False)
-            p = y.softmax(1)                                                                          # (1,C+1,H,W)
-            best = p if best is None else torch.maximum(best, p)
+        y = view_logits(net, torch.cat([x, x.flip(-1)]) if flip else x, window)                       # (1 or 2,C+1,h,w)
+        if flip: y = torch.cat([y[:1], y[1:].flip(-1)])
+        y = F.interpolate(y, image.size[::-1], mode='bilinear', align_corners=False)
+        p = y.softmax(1).amax(0, keepdim=True)                                                        # (1,C+1,H,W)
+        best = p if best is None else torch.maximum(best, p)
     need(best.isfinite().all(), 'network', 'gives values that are not numbers', 'Check its weights for NaN')
     return (best/best.sum(1, keepdim=True))[0]
 
@@ -191,7 +192,38 @@ def photo_source(
     "Where a photo is from"
     return str(Path(ds.get_image.args[0][id]).resolve()) if ds.name=='photos' else id
 
+# %% ../nbs/42_segment.ipynb #f1llwr1t
+def write_found(
+    path:Path, # mask to write
+    item:tuple, # MaskFolder, what `find` gave
+):
+    "Finish and write one photo, as its folder wants it"
+    folder, found = item
+    folder.write(path, found)
+
 # %% ../nbs/42_segment.ipynb #f1llm4sk
+def fill_folders(
+    folders:list, # of MaskFolder, with one rule how to look and several how to finish
+    ds:Dataset, # photos
+    find:Callable, # image -> dict of labels (k,), rows (k,h,w) in [0,1], scores {class: probability}
+    longest:int=None, # longer side to which larger photos are reduced, pixels; their masks are enlarged again
+    workers:int=None, # processes for the CRF, default one a core
+    overwrite:bool=False, # write masks anew that exist
+) -> list: # of AttrDict, one a folder: written, skipped: counts; bad: [(id, problem)]; seconds
+    "Write a mask for every photo into each folder, from one look at it. Raises `DataError`."
+    def read(id):
+        image = ds.image(id)
+        size, side = image.size, max(image.size)                                                      # (W,H)
+        if longest and side>longest: image = image.resize([max(1, round(s*longest/side)) for s in size], Image.LANCZOS)
+        return AttrDict(image=image, size=size, photo=photo_source(ds, id))
+    def compute(photos):
+        seen = [AttrDict(p, **find(p.image)) for p in photos]
+        return [[(folder, found) for folder in folders] for found in seen]
+    processes = min(workers or cores(), len(ds)) if any(f.crf for f in folders) else 1
+    work = Work(processes=processes, overwrite=overwrite, bad=ds.bad, desc='photos')
+    return run_stage(folders, ds.ids, read, write_found, compute, work)
+
+# %% ../nbs/42_segment.ipynb #f1llm4sl
 @patch
 def fill(self:MaskFolder,
     ds:Dataset, # photos
@@ -201,15 +233,7 @@ def fill(self:MaskFolder,
     overwrite:bool=False, # write masks anew that exist
 ) -> AttrDict: # folder; written, skipped: counts; bad: [(id, problem)]; seconds
     "Write a mask for every photo. Raises `DataError`."
-    def read(id):
-        image = ds.image(id)
-        size, side = image.size, max(image.size)                                                      # (W,H)
-        if longest and side>longest: image = image.resize([max(1, round(s*longest/side)) for s in size], Image.LANCZOS)
-        return AttrDict(image=image, size=size, photo=photo_source(ds, id))
-    def compute(photos): return [AttrDict(p, **find(p.image)) for p in photos]
-    processes = min(workers or cores(), len(ds)) if self.crf else 1
-    work = Work(processes=processes, overwrite=overwrite, bad=ds.bad, desc='photos')
-    return run_stage(self, ds.ids, read, self.write, compute, work)
+    return fill_folders([self], ds, find, longest, workers, overwrite)[0]
 
 # %% ../nbs/42_segment.ipynb #l00kd33p
 def find_by_network(
@@ -224,6 +248,33 @@ def find_by_network(
     return dict(labels=labels, rows=rows, scores=dict(zip(names, probs[1:].amax((1, 2)).tolist())))
 
 # %% ../nbs/42_segment.ipynb #965a25f2
+def segment_kinds(
+    run:str|Path|tuple, # run folder of a segmentation network, or (network, class names)
+    ds:Dataset|str|Path, # data set, or a folder of photos
+    wanted:dict, # {folder of masks: crf of `segment_dataset`}
+    scales:tuple=SCALES, # reference
+    flip:bool=False, # mirror images too
+    overlays:bool=False, # also `overlays/<id>.jpg`
+    **options, # window, image_size of `SegmentViews` (default as in training); device; workers, overwrite of `fill`
+) -> dict: # {folder: what `segment_dataset` reports}
+    "Masks finished in several ways from one pass over the photos. Raises `DataError` as `segment_dataset` does."
+    takers, given = (SegmentViews, local_device, MaskFolder.fill), ('scales', 'flip', 'longest')
+    views, device, work = split_options(options, *takers, given=given)
+    views = SegmentViews(scales, flip, **views).check()
+    net, cfg = (run[0], dict(classes=run[1])) if isinstance(run, tuple) else load_segment(run)
+    names, size = list(cfg['classes']), views.image_size or cfg.get('image_size')
+    ds, note = ds if isinstance(ds, Dataset) else photo_dataset(ds, names), dict(vars(views), image_size=size)
+    theirs, ours = ', '.join(ds.classes[:3]), ', '.join(names[:3])
+    need(not hasattr(net, 'variant'), 'run', 'is an MCTformer', 'Give a segmentation network; mct_predict takes both')
+    need(list(ds.classes)==names, ds.name, f'has the classes {theirs} ..., the network {ours} ...', 'Use its own data')
+    ways, extras = {f: refinement(crf, SEG_CRF) for f,crf in wanted.items()}, ('overlays',)*bool(overlays)
+    note |= dict(classes=names, model=weights_digest(net))
+    folders = [MaskFolder(f, note | dict(crf=plain(w)), '_segment.json', crf=w, extras=extras) for f,w in ways.items()]
+    with evaluating(net.to(local_device(**device))):
+        found = fill_folders(folders, ds, partial(find_by_network, net, names, replace(views, image_size=size)), **work)
+    return {str(f): AttrDict(r, classes=names) for f,r in zip(wanted, found)}
+
+# %% ../nbs/42_segment.ipynb #965a25f3
 def segment_dataset(
     run:str|Path|tuple, # run folder of a segmentation network, or (network, class names)
     ds:Dataset|str|Path, # data set, or a folder of photos
@@ -235,20 +286,7 @@ def segment_dataset(
     **options, # window, image_size of `SegmentViews` (default as in training); device; workers, overwrite of `fill`
 ) -> AttrDict: # folder; written, skipped: counts; bad: [(id, problem)]; classes; seconds
     "Write a mask for every photo. Existing ones are skipped, unreadable photos listed. Raises `DataError`."
-    takers, given = (SegmentViews, local_device, MaskFolder.fill), ('scales', 'flip', 'longest')
-    views, device, work = split_options(options, *takers, given=given)
-    views, crf = SegmentViews(scales, flip, **views).check(), refinement(crf, SEG_CRF)
-    net, cfg = (run[0], dict(classes=run[1])) if isinstance(run, tuple) else load_segment(run)
-    names, size = list(cfg['classes']), views.image_size or cfg.get('image_size')
-    ds = ds if isinstance(ds, Dataset) else photo_dataset(ds, names)
-    theirs, ours = ', '.join(ds.classes[:3]), ', '.join(names[:3])
-    need(not hasattr(net, 'variant'), 'run', 'is an MCTformer', 'Give a segmentation network; mct_predict takes both')
-    need(list(ds.classes)==names, ds.name, f'has the classes {theirs} ..., the network {ours} ...', 'Use its own data')
-    how = dict(vars(views), image_size=size, crf=plain(crf), classes=names, model=weights_digest(net))
-    folder = MaskFolder(out, how, '_segment.json', crf=crf, extras=('overlays',)*bool(overlays))
-    with evaluating(net.to(local_device(**device))):
-        report = folder.fill(ds, partial(find_by_network, net, names, replace(views, image_size=size)), **work)
-    return AttrDict(report, classes=names)
+    return segment_kinds(run, ds, {out: crf}, scales, flip, overlays, **options)[str(out)]
 
 # %% ../nbs/42_segment.ipynb #cceeb289
 def show_masks(
