@@ -150,12 +150,12 @@ def ours_optimiser(model, lr): return one_pass_adamw(param_groups(model, .05), l
 
 def frozen(a, report, code, side):
     "Features once, both mirror images, and the linear layer with its cross-validation, beside steps of full training"
-    ours = MCTformer(C, 'v2', 'deit_small_patch16_224').train(); opt = ours_optimiser(ours, 1e-4); x = torch.randn(a.batch_size, 3, side, side); y = (torch.rand(a.batch_size, C)<.1).float(); count = 12 if a.quick else 96
+    ours = MCTformer(C, 'v2', 'deit_small_patch16_224').train(); opt = ours_optimiser(ours, 1e-4); few = min(4, a.batch_size); x = torch.randn(few, 3, side, side); y = (torch.rand(few, C)<.1).float(); count = 12 if a.quick else a.frozen_photos
     def full(): loss = mct_loss(ours(x), y); opt.zero_grad(); loss.backward(); opt.step()
     with tempfile.TemporaryDirectory() as d:
         ds = photos(d, count, 448); turn = iter(range(100))
-        g = by_turns(dict(full=full, ours=lambda: train_frozen(ds, out=f'{d}/{next(turn)}', device='cpu', log=lambda _: None)), max(2, a.repeats//2) if not a.quick else 1)
-    rates = [n/statistics.median(g[k]['cpu']) for k,n in (('full', a.batch_size), ('ours', count))]; each = sorted(f/a.batch_size/(o/count) for f,o in zip(g['full']['cpu'], g['ours']['cpu']))
+        g = by_turns(dict(full=full, ours=lambda: train_frozen(ds, out=f'{d}/{next(turn)}', device='cpu', log=lambda _: None)), a.repeats, warm=full)
+    rates = [n/statistics.median(g[k]['cpu']) for k,n in (('full', few), ('ours', count))]; each = sorted(f/few/(o/count) for f,o in zip(g['full']['cpu'], g['ours']['cpu']))
     report.add(f'frozen recipe beside full training, {threads()}', {'times faster': statistics.median(each), 'times faster, least': each[0], 'times faster, most': each[-1], 'images/s plain': rates[0], 'images/s': rates[1], 'passes over the photos, full training': 60,
                'times faster, whole recipe': 60*statistics.median(each)}, {'times faster': 10}, bound='memory')
 
@@ -173,6 +173,6 @@ def main(a):
 if __name__ == '__main__':
     p = parser(__doc__, 5); A = p.add_argument
     A('--clone', type=Path, help='folder of the published code, at commit 9606597'); A('--parts', nargs='+', choices=['maps', 'photos', 'step', 'frozen'], default=['maps', 'photos', 'step', 'frozen'])
-    A('--photos', type=int, default=4, help='a round'); A('--batch', type=int, default=2, help='photos extract_seeds takes together'); A('--batch-size', type=int, default=16, help='of the training step')
+    A('--photos', type=int, default=4, help='a round'); A('--frozen-photos', type=int, default=96); A('--batch', type=int, default=2, help='photos extract_seeds takes together'); A('--batch-size', type=int, default=16, help='of the training step')
     A('--precision', nargs='+', default=['float32', 'int8'])
     main(p.parse_args())

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SCALES', 'window_slices', 'view_logits', 'SegmentViews', 'scaled_view', 'class_probs', 'present_classes', 'segment',
            'photo_dataset', 'MaskFolder', 'photo_source', 'write_found', 'fill_folders', 'find_by_network',
-           'segment_kinds', 'segment_dataset', 'show_masks']
+           'fold_norms', 'ready', 'segment_kinds', 'segment_dataset', 'show_masks']
 
 # %% ../nbs/42_segment.ipynb #9ac4c685
-import importlib, io
+import copy, importlib, io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import AttrDict, patch
 from PIL import Image
+from torch import nn
 from .artifacts import is_complete
 from .attention import evaluating
 from .core import atomic_path, need, open_mask, overlay, save_mask, write_json
@@ -247,6 +248,38 @@ def find_by_network(
     labels, rows = present_classes(probs)
     return dict(labels=labels, rows=rows, scores=dict(zip(names, probs[1:].amax((1, 2)).tolist())))
 
+# %% ../nbs/42_segment.ipynb #f01dn001
+@torch.no_grad()
+def fold_norms(
+    net:torch.nn.Module, # in eval mode; changed in place
+) -> torch.nn.Module: # the same
+    "Convolutions take over the BatchNorm that is registered behind them"
+    for parent in list(net.modules()):
+        parts = list(parent.named_children())
+        for (_, conv), (name, norm) in zip(parts, parts[1:]):
+            var = getattr(norm, 'running_var', None)
+            if not isinstance(conv, nn.Conv2d) or var is None or len(var)!=conv.out_channels: continue
+            scale = norm.weight*(var+norm.eps).rsqrt()                                                # (D,)
+            shift = norm.bias - norm.running_mean*scale                                               # (D,)
+            conv.weight = nn.Parameter(conv.weight*scale[:, None, None, None])                        # (D,D',k,k)
+            conv.bias = nn.Parameter(shift if conv.bias is None else conv.bias*scale + shift)
+            rest = [getattr(norm, n) for n in ('drop', 'act') if isinstance(getattr(norm, n, None), nn.Module)]
+            setattr(parent, name, nn.Sequential(*rest))
+    return net
+
+# %% ../nbs/42_segment.ipynb #f01dn002
+@torch.no_grad()
+def ready(
+    net:torch.nn.Module, # x -> logits, in eval mode
+) -> torch.nn.Module: # on a CPU a copy that computes the same, faster; else itself
+    "A network prepared to look at many photos"
+    p = next(net.parameters())
+    if p.device.type!='cpu': return net
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(p.dtype)
+    fast, want = fold_norms(copy.deepcopy(net)), net(x)
+    same = (fast(x)-want).abs().max() <= 1e-4*want.abs().max()
+    return (fast if same else copy.deepcopy(net)).to(memory_format=torch.channels_last)
+
 # %% ../nbs/42_segment.ipynb #965a25f2
 def segment_kinds(
     run:str|Path|tuple, # run folder of a segmentation network, or (network, class names)
@@ -262,16 +295,16 @@ def segment_kinds(
     views, device, work = split_options(options, *takers, given=given)
     views = SegmentViews(scales, flip, **views).check()
     net, cfg = (run[0], dict(classes=run[1])) if isinstance(run, tuple) else load_segment(run)
-    names, size = list(cfg['classes']), views.image_size or cfg.get('image_size')
-    ds, note = ds if isinstance(ds, Dataset) else photo_dataset(ds, names), dict(vars(views), image_size=size)
-    theirs, ours = ', '.join(ds.classes[:3]), ', '.join(names[:3])
+    names, views = list(cfg['classes']), replace(views, image_size=views.image_size or cfg.get('image_size'))
+    ds = ds if isinstance(ds, Dataset) else photo_dataset(ds, names)
     need(not hasattr(net, 'variant'), 'run', 'is an MCTformer', 'Give a segmentation network; mct_predict takes both')
-    need(list(ds.classes)==names, ds.name, f'has the classes {theirs} ..., the network {ours} ...', 'Use its own data')
+    differ = f'has the classes {", ".join(ds.classes[:3])} ..., the network {", ".join(names[:3])} ...'
+    need(list(ds.classes)==names, ds.name, differ, 'Use its own data')
     ways, extras = {f: refinement(crf, SEG_CRF) for f,crf in wanted.items()}, ('overlays',)*bool(overlays)
-    note |= dict(classes=names, model=weights_digest(net))
+    note = dict(vars(views), classes=names, model=weights_digest(net))
     folders = [MaskFolder(f, note | dict(crf=plain(w)), '_segment.json', crf=w, extras=extras) for f,w in ways.items()]
     with evaluating(net.to(local_device(**device))):
-        found = fill_folders(folders, ds, partial(find_by_network, net, names, replace(views, image_size=size)), **work)
+        found = fill_folders(folders, ds, partial(find_by_network, ready(net), names, views), **work)
     return {str(f): AttrDict(r, classes=names) for f,r in zip(wanted, found)}
 
 # %% ../nbs/42_segment.ipynb #965a25f3
