@@ -16,7 +16,7 @@ def quick(name, tmp_path, *more):
 def test_sweep(tmp_path): assert 'largest difference 0' in quick('sweep', tmp_path)
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['extraction', 'train_step', 'random_walk', 'crf', 'startup', 'profiles', 'scale', 'published'])
+@pytest.mark.parametrize('name', ['extraction', 'train_step', 'random_walk', 'crf', 'startup', 'profiles', 'scale', 'published', 'segmentation'])
 def test_quick(name, tmp_path):
     if name=='scale': pytest.importorskip('pyarrow')
     assert {'startup': 'mct_train --help', 'profiles': 'share of the limit', 'scale': '2 workers, 40 photos', 'published': 'files to files, int8'}.get(name, 'times faster') in quick(name, tmp_path)
