@@ -7,22 +7,28 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
+# A machine without a GPU: make demo TORCH=cpu takes torch from the index of wheels without CUDA. Another index: TORCH_INDEX=...
+TORCH       ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/$(TORCH)
+
 # The notebooks, the tests and the demo need no network once the packages are installed.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo test bench tables docs readme export hooks clean distclean
+.PHONY: help install demo test bench gpu tables docs readme export hooks clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train on the embedded data, score the maps, write demo/report.html"
 	@echo "make test      notebooks clean and exported, README current, the paper's notebooks run, pytest"
 	@echo "make bench     speed and memory beside the published way, into results/bench.json"
+	@echo "make gpu       correctness, speed and real training on a GPU: make gpu GPU='--data voc:PATH --weights FILE'"
 	@echo "make tables    the tables and figures of the paper on the embedded data, into results/ (hours)"
 	@echo "make docs      the web site, in _docs/"
 	@echo "make readme    README.md from nbs/index.ipynb"
 	@echo "make export    clean the notebooks and write mctformer_nb/*.py from them"
 	@echo "make hooks     git hooks that keep notebooks free of metadata and mergeable"
 	@echo "make install   only create $(VENV) (with PYTHON=$(PYTHON))"
+	@echo "               without a GPU: make install TORCH=cpu, likewise make demo and make test"
 	@echo "make clean     remove what the targets above wrote; make distclean: $(VENV) too"
 
 $(STAMP): settings.ini constraints.txt setup.py pyproject.toml
@@ -31,6 +37,7 @@ $(STAMP): settings.ini constraints.txt setup.py pyproject.toml
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { echo "error: `"$(PYTHON)" -V 2>&1` cannot create virtual environments (no venv or ensurepip module). On Debian or Ubuntu: apt-get install python3-venv; or name another interpreter: make PYTHON=python3.11"; exit 1; }
 	@"$(PY)" -m pip --version >/dev/null 2>&1 || { echo "Creating $(VENV) with `"$(PYTHON)" -V 2>&1`"; "$(PYTHON)" -m venv --clear "$(VENV)"; }
 	@echo "Installing the packages into $(VENV): some minutes and GB the first time"
+	@test -z "$(TORCH)" || "$(PY)" -m pip install --disable-pip-version-check -c constraints.txt --index-url "$(TORCH_INDEX)" torch torchvision
 	"$(PY)" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch "$@"
 
@@ -46,6 +53,10 @@ test: $(STAMP)
 # Another device or more threads: make bench BENCH='--device cuda' or BENCH='--threads 8'
 bench: $(STAMP)
 	"$(PY)" benchmarks/all.py $(BENCH)
+
+# Needs no network and builds nothing: PYTHON is the interpreter that has torch
+gpu:
+	PYTHON="$(PYTHON)" bash experiments/gpu.sh $(GPU)
 
 # Goes on where it stopped. One seed: make tables TABLES='--seeds 0'
 tables: $(STAMP)

@@ -57,13 +57,13 @@ class Report:
         self.table, self.args, self.dataset, self.seed, self.rows = table, args, dataset, seed, []
         if args.threads: torch.set_num_threads(args.threads)
         print(f'{table} ({hardware()}, {torch.get_num_threads()} thread{"s"*(torch.get_num_threads()>1)}; {dataset})', flush=True)
-    def add(self, row, metrics, target=None):
-        "One row; `target` {metric: least value} of what was hoped for"
+    def add(self, row, metrics, target=None, **notes):
+        "One row; `target` {metric: least value} of what was hoped for; `notes` go into every record of the row, such as what bounds it"
         print(f'  {row:44}', '  '.join(f'{k} {v:.3g}' for k,v in metrics.items()), *(f'  [{k} {v}: {"reached" if metrics[k]>=v else "MISSED"}]' for k,v in (target or {}).items()), flush=True)
-        self.rows.append((row, metrics, target or {}))
+        self.rows.append((row, metrics, target or {}, notes))
     def save(self):
         a = self.args
         if not a.json or a.quick: return
         command = 'python benchmarks/' + ' '.join([Path(sys.argv[0]).name, *(v for v in sys.argv[1:])])
         extra = lambda target, m: dict(threads=torch.get_num_threads(), torch=torch.__version__.split('+')[0], rounds=a.repeats, **({'target': target[m]} if m in target else {}))
-        save_records(a.json, [new_record(self.table, row, float(f'{v:.4g}'), m, self.dataset, self.seed, command, **extra(target, m)) for row,ms,target in self.rows for m,v in ms.items()])
+        save_records(a.json, [new_record(self.table, row, float(f'{v:.4g}'), m, self.dataset, self.seed, command, **extra(target, m), **notes) for row,ms,target,notes in self.rows for m,v in ms.items()])

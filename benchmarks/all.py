@@ -5,7 +5,7 @@ import argparse, os, subprocess, sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = dict(startup=False, sweep=False, random_walk=True, crf=False, train_step=True, extraction=True, profiles=False)   # script: does it run on a GPU?
+SCRIPTS = dict(startup=False, sweep=False, random_walk=True, crf=False, train_step=True, extraction=True, segmentation=False, profiles=False)   # script: does it run on a GPU?
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); A = p.add_argument

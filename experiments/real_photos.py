@@ -54,13 +54,13 @@ def main(a):
     r = score_masks(out/'masks', train); log('pseudo masks', r, 'train', time.time()-start); print(score_table(r, classes=ANIMALS), flush=True)
     if a.stop=='masks': return
     from mctformer_nb.deeplab import train_segment
-    from mctformer_nb.segment import segment_dataset
+    from mctformer_nb.segment import segment_kinds
     start, options = time.time(), dict(FROZEN_RECIPE['segment'], epochs=a.epochs, amp=a.amp)
     run = a.deeplab or train_segment(out/'masks', aug, out/'deeplab', **options | dict(pretrained=packaged_weights(options['backbone'])))
-    for name,crf in (('without CRF', None), ('with CRF', 'auto')):
-        masks = out/f'val_{name.split()[0]}'
-        segment_dataset(run, val, masks, scales=(.75, 1, 1.25), flip=True, crf=crf, workers=a.workers)
-        r = score_masks(masks, val); log(f'segmentation, {name}', r, 'val', time.time()-start)
+    ways = {'without CRF': None, 'with CRF': 'auto'}; folders = {name: out/f'val_{name.split()[0]}' for name in ways}
+    segment_kinds(run, val, {folders[name]: crf for name,crf in ways.items()}, scales=(.75, 1, 1.25), flip=True, workers=a.workers); took = time.time()-start   # one look for both
+    for name,crf in ways.items():
+        r = score_masks(folders[name], val); log(f'segmentation, {name}', r, 'val', took)
         if a.json and not crf: save_records(a.json, list(mistakes(r, aug, 'python experiments/real_photos.py', log.kind)))
     print(score_table(r, classes=ANIMALS), flush=True)
 

@@ -22,8 +22,8 @@ from .command import layer_count, lr_factors, number, report_bad, training_data
     arg('--out', default='demo', metavar='DIR',
         help='folder of report.html, metrics.json and figures/ (default: demo)'),
     *device_args(),
-    arg('--epochs', type=number(int, 1), default=8,
-        help='of V1 and V2; the tables of the drawn data have 12, which takes a minute or two more (default: 8)')])
+    arg('--epochs', type=number(int, 1), default=6,
+        help='of V1 and V2; the tables of the drawn data have 12, which takes some minutes more (default: 6)')])
 def mct_demo(a):
     "The whole pipeline on drawn data: train V1 and V2, maps of every kind, scores, one HTML page with pictures."
     from mctformer_nb.demo import run_demo

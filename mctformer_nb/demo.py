@@ -123,7 +123,7 @@ _NET = dict(backbone='mct_tiny_patch8_96', pretrained=True, crop=96)
 DEMO_SECOND = dict( # options of `train_affinity`, `make_masks`, `train_segment`, `segment_dataset`
     affinity=dict(_NET, recipe='momentum', batch_size=4, epochs=3, lr=.1, lr_mult={'backbone': 0}),
     walk=dict(background=.25, stride=4, steps=4, crf=LABEL_CRF),
-    train=dict(_NET, batch_size=16, epochs=8, optimizer='adamw', lr=6e-4, head_mult=4, dilation=2, cache=True),
+    train=dict(_NET, batch_size=16, epochs=5, optimizer='adamw', lr=6e-4, head_mult=4, dilation=2, cache=True),
     infer=dict(scales=(1,), flip=True))
 
 # %% ../nbs/52_demo.ipynb #f92433d0
@@ -287,7 +287,7 @@ class DemoScenes:
     "How many drawn scenes the demonstration uses"
     images:int=600 # to train on
     score_images:int=200 # of them, scored
-    mask_images:int=240 # of them, used from the seeds on
+    mask_images:int=200 # of them, used from the seeds on
     unseen:int=100 # others, for the mAP while training and the segmentation
 
 # %% ../nbs/52_demo.ipynb #7656f785

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy import ndimage
 from torch import Tensor, nn
 from .affinity import refine_by, token_attention
 from .core import DataError, need
@@ -71,6 +70,7 @@ def class_boxes(
     threshold:float=.4, # share of a map's maximum (CLIP-ES: .4 for VOC)
 ) -> Tensor:            # (B,c,h,w): 1 inside the bounding boxes of the connected parts above it, else 0
     "Boxes around the parts of every map that hang together"
+    from scipy import ndimage                                     # only here: it takes a while to load
     on = (maps >= threshold*maps.amax((-2, -1), keepdim=True)) & (maps > 0)
     boxes = torch.zeros(maps.shape)
     for m,box in zip(on.flatten(0, 1).cpu().numpy(), boxes.flatten(0, 1)):                  # (B,c,h,w) -> (B*c,h,w)

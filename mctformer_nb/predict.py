@@ -24,7 +24,7 @@ from .ranks import local_device
 from .runs import load_run, plain, split_options, weights_digest
 from .seeds import batch_maps, maps_to_photo
 from .photo_masks import photo_dataset, photo_source
-from .segment import MaskFolder, SegmentViews, find_by_network
+from .segment import MaskFolder, SegmentViews, find_by_network, ready
 from .stage import attempt
 from .views import input_spec, to_input
 
@@ -162,5 +162,6 @@ def predict_photos(
     if not work['overwrite']: check_sources(folder, ds)
     about = announce_photos(ds, longest, log)
     with evaluating(net.to(local_device(**device))):
-        report = folder.fill(ds, partial(look, net, names, views), longest, **work)
+        eyes = net if look is find_by_classifier else ready(net)
+        report = folder.fill(ds, partial(look, eyes, names, views), longest, **work)
     return AttrDict(report, **about, classes=names, scores=write_table(folder, names, ds.ids))

@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'window_slices', 'view_logits', 'SegmentViews', 'scaled_view', 'class_probs', 'present_classes', 'segment',
-           'MaskFolder', 'find_by_network', 'segment_dataset', 'show_masks']
+           'MaskFolder', 'find_by_network', 'fold_norms', 'ready', 'segment_kinds', 'segment_dataset', 'show_masks']
 
 # %% ../nbs/42_segment.ipynb #9ac4c685
-import importlib
+import copy, importlib
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import AttrDict
 from PIL import Image
+from torch import nn
 from .attention import evaluating
 from .core import need, open_mask, overlay
 from .crf import SEG_CRF, dense_crf, refined_mask, refinement
 from .datasets import Dataset
 from .deeplab_net import load_segment, show_pictures
-from .photo_masks import PhotoMasks, photo_dataset, photo_source
+from .photo_masks import PhotoMasks, fill_folders, photo_dataset, photo_source
 from .ranks import local_device
 from .runs import plain, split_options, weights_digest
 from .training_files import first_few
@@ -39,9 +40,9 @@ def window_slices(
 @torch.no_grad()
 def view_logits(
     net:torch.nn.Module, # x -> logits at any stride
-    x:torch.Tensor, # (1,3,h,w), normalised
+    x:torch.Tensor, # (B,3,h,w), normalised
     window:int=None, # side of the windows in pixels; default the whole view at once
-) -> torch.Tensor: # (1,C+1,h,w) float32
+) -> torch.Tensor: # (B,C+1,h,w) float32
     "Logits of every pixel of a view"
     h,w = x.shape[-2:]
     def whole(x): return F.interpolate(net(x).float(), x.shape[-2:], mode='bilinear', align_corners=False)
@@ -50,9 +51,9 @@ def view_logits(
     total, weights = 0, torch.zeros(h, w, device=x.device)
     for r in window_slices(h, window):
         for c in window_slices(w, window):
-            y = whole(x[..., r, c])                                                                  # (1,C+1,h_w,w_w)
+            y = whole(x[..., r, c])                                                                  # (B,C+1,h_w,w_w)
             k = torch.outer(ramp(y.shape[-2]), ramp(y.shape[-1])).to(x.device)                       # (h_w,w_w)
-            if not torch.is_tensor(total): total = y.new_zeros(1, y.shape[1], h, w)
+            if not torch.is_tensor(total): total = y.new_zeros(*y.shape[:2], h, w)
             total[..., r, c] += y*k
             weights[r, c] += k
     return total/weights
@@ -104,11 +105,11 @@ def class_probs(
     f = (image_size or min(image.size))/min(image.size)
     for s in scales:
         x = scaled_view(image, s*f, spec).to(device)                                                  # (1,3,h,w)
-        for mirror in (False, True) if flip else (False,):
-            y = view_logits(net, x.flip(-1) if mirror else x, window)                                 # (1,C+1,h,w)
-            y = F.interpolate(y.flip(-1) if mirror else y, image.size[::-1], mode='bilinear', align_corners=False)
-            p = y.softmax(1)                                                                          # (1,C+1,H,W)
-            best = p if best is None else torch.maximum(best, p)
+        y = view_logits(net, torch.cat([x, x.flip(-1)]) if flip else x, window)                       # (1 or 2,C+1,h,w)
+        if flip: y = torch.cat([y[:1], y[1:].flip(-1)])
+        y = F.interpolate(y, image.size[::-1], mode='bilinear', align_corners=False)
+        p = y.softmax(1).amax(0, keepdim=True)                                                        # (1,C+1,H,W)
+        best = p if best is None else torch.maximum(best, p)
     need(best.isfinite().all(), 'network', 'gives values that are not numbers', 'Check its weights for NaN')
     return (best/best.sum(1, keepdim=True))[0]
 
@@ -160,7 +161,66 @@ def find_by_network(
     labels, rows = present_classes(probs)
     return dict(labels=labels, rows=rows, scores=dict(zip(names, probs[1:].amax((1, 2)).tolist())))
 
+# %% ../nbs/42_segment.ipynb #f01dn001
+@torch.no_grad()
+def fold_norms(
+    net:torch.nn.Module, # in eval mode; changed in place
+) -> torch.nn.Module: # the same
+    "Convolutions take over the BatchNorm that is registered behind them"
+    for parent in list(net.modules()):
+        parts = list(parent.named_children())
+        for (_, conv), (name, norm) in zip(parts, parts[1:]):
+            var = getattr(norm, 'running_var', None)
+            if not isinstance(conv, nn.Conv2d) or var is None or len(var)!=conv.out_channels: continue
+            scale = norm.weight*(var+norm.eps).rsqrt()                                                # (D,)
+            shift = norm.bias - norm.running_mean*scale                                               # (D,)
+            conv.weight = nn.Parameter(conv.weight*scale[:, None, None, None])                        # (D,D',k,k)
+            conv.bias = nn.Parameter(shift if conv.bias is None else conv.bias*scale + shift)
+            rest = [getattr(norm, n) for n in ('drop', 'act') if isinstance(getattr(norm, n, None), nn.Module)]
+            setattr(parent, name, nn.Sequential(*rest))
+    return net
+
+# %% ../nbs/42_segment.ipynb #f01dn002
+@torch.no_grad()
+def ready(
+    net:torch.nn.Module, # x -> logits, in eval mode
+) -> torch.nn.Module: # on a CPU a copy that computes the same, faster; else itself
+    "A network prepared to look at many photos"
+    p = next(net.parameters())
+    if p.device.type!='cpu': return net
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(p.dtype)
+    fast, want = fold_norms(copy.deepcopy(net)), net(x)
+    same = (fast(x)-want).abs().max() <= 1e-4*want.abs().max()
+    return (fast if same else copy.deepcopy(net)).to(memory_format=torch.channels_last)
+
 # %% ../nbs/42_segment.ipynb #965a25f2
+def segment_kinds(
+    run:str|Path|tuple, # run folder of a segmentation network, or (network, class names)
+    ds:Dataset|str|Path, # data set, or a folder of photos
+    wanted:dict, # {folder of masks: crf of `segment_dataset`}
+    scales:tuple=SCALES, # reference
+    flip:bool=False, # mirror images too
+    overlays:bool=False, # also `overlays/<id>.jpg`
+    **options, # window, image_size of `SegmentViews` (default as in training); device; workers, overwrite of `fill`
+) -> dict: # {folder: what `segment_dataset` reports}
+    "Masks finished in several ways from one pass over the photos. Raises `DataError` as `segment_dataset` does."
+    takers, given = (SegmentViews, local_device, MaskFolder.fill), ('scales', 'flip', 'longest')
+    views, device, work = split_options(options, *takers, given=given)
+    views = SegmentViews(scales, flip, **views).check()
+    net, cfg = (run[0], dict(classes=run[1])) if isinstance(run, tuple) else load_segment(run)
+    names, views = list(cfg['classes']), replace(views, image_size=views.image_size or cfg.get('image_size'))
+    ds = ds if isinstance(ds, Dataset) else photo_dataset(ds, names)
+    need(not hasattr(net, 'variant'), 'run', 'is an MCTformer', 'Give a segmentation network; mct_predict takes both')
+    differ = f'has the classes {first_few(ds.classes, 3)}, the network {first_few(names, 3)}'
+    need(list(ds.classes)==names, ds.name, differ, 'Use its own data')
+    ways, extras = {f: refinement(crf, SEG_CRF) for f,crf in wanted.items()}, ('overlays',)*bool(overlays)
+    note = dict(vars(views), classes=names, model=weights_digest(net))
+    folders = [MaskFolder(f, note | dict(crf=plain(w)), '_segment.json', crf=w, extras=extras) for f,w in ways.items()]
+    with evaluating(net.to(local_device(**device))):
+        found = fill_folders(folders, ds, partial(find_by_network, ready(net), names, views), **work)
+    return {str(f): AttrDict(r, classes=names) for f,r in zip(wanted, found)}
+
+# %% ../nbs/42_segment.ipynb #965a25f3
 def segment_dataset(
     run:str|Path|tuple, # run folder of a segmentation network, or (network, class names)
     ds:Dataset|str|Path, # data set, or a folder of photos
@@ -172,20 +232,7 @@ def segment_dataset(
     **options, # window, image_size of `SegmentViews` (default as in training); device; workers, overwrite of `fill`
 ) -> AttrDict: # folder; written, skipped: counts; bad: [(id, problem)]; classes; seconds
     "Write a mask for every photo. Existing ones are skipped, unreadable photos listed. Raises `DataError`."
-    takers, given = (SegmentViews, local_device, MaskFolder.fill), ('scales', 'flip', 'longest')
-    views, device, work = split_options(options, *takers, given=given)
-    views, crf = SegmentViews(scales, flip, **views).check(), refinement(crf, SEG_CRF)
-    net, cfg = (run[0], dict(classes=run[1])) if isinstance(run, tuple) else load_segment(run)
-    names, size = list(cfg['classes']), views.image_size or cfg.get('image_size')
-    ds = ds if isinstance(ds, Dataset) else photo_dataset(ds, names)
-    need(not hasattr(net, 'variant'), 'run', 'is an MCTformer', 'Give a segmentation network; mct_predict takes both')
-    differ = f'has the classes {first_few(ds.classes, 3)}, the network {first_few(names, 3)}'
-    need(list(ds.classes)==names, ds.name, differ, 'Use its own data')
-    how = dict(vars(views), image_size=size, crf=plain(crf), classes=names, model=weights_digest(net))
-    folder = MaskFolder(out, how, '_segment.json', crf=crf, extras=('overlays',)*bool(overlays))
-    with evaluating(net.to(local_device(**device))):
-        report = folder.fill(ds, partial(find_by_network, net, names, replace(views, image_size=size)), **work)
-    return AttrDict(report, classes=names)
+    return segment_kinds(run, ds, {out: crf}, scales, flip, overlays, **options)[str(out)]
 
 # %% ../nbs/42_segment.ipynb #cceeb289
 def show_masks(

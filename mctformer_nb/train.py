@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['mct_loss', 'prior_loss', 'make_transform', 'shrink', 'Photos', 'Loading', 'make_loaders', 'average_precision',
-           'MeanAP', 'make_learner', 'ModelOptions', 'training_options', 'training_summary', 'train_classifier',
-           'show_training_photos', 'plot_probabilities', 'show_predictions']
+           'MeanAP', 'one_pass_adamw', 'make_learner', 'ModelOptions', 'training_options', 'training_summary',
+           'train_classifier', 'show_training_photos', 'plot_probabilities', 'show_predictions']
 
 # %% ../nbs/12_train.ipynb #23e25529
 from dataclasses import dataclass
@@ -152,6 +152,15 @@ class MeanAP(Metric):
     @property
     def name(self): return f'map_{self.field}'
 
+# %% ../nbs/12_train.ipynb #f05eada0
+def one_pass_adamw(
+    groups:list, # from `param_groups`
+    lr:float, # learning rate
+) -> torch.optim.AdamW:
+    "AdamW, fused where the weights are on a CPU (on a GPU torch chooses)"
+    cpu = all(p.device.type=='cpu' for g in groups for p in g['params'])
+    return torch.optim.AdamW(groups, lr=lr, fused=True if cpu else None)
+
 # %% ../nbs/12_train.ipynb #0dababb9
 def make_learner(
     dls:DataLoaders, # from `make_loaders`
@@ -169,7 +178,7 @@ def make_learner(
     loss = getattr(model, 'loss', mct_loss)                  # a model may have terms of its own
     metrics = [MeanAP(f) for f in ['cls'] + ['patch']*(model.variant in ('v2', 'plus'))]
     groups, cbs = param_groups(model, weight_decay, lr_mult), [CosineSchedule(**schedule), *(cbs or ())]
-    learn = recipe_learner(dls, model, loss, torch.optim.AdamW, groups, cbs, lr, amp, metrics=metrics)
+    learn = recipe_learner(dls, model, loss, one_pass_adamw, groups, cbs, lr, amp, metrics=metrics)
     if compile: compile_model(model)
     return learn
 

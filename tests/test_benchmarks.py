@@ -1,14 +1,14 @@
 "The scripts in benchmarks/: each runs at tiny sizes, writes nothing then, and agrees with the plain version"
-import json, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'benchmarks'))
 
-def quick(name, tmp_path):
+def quick(name, tmp_path, *more):
     out = tmp_path/'bench.json'
-    r = subprocess.run([sys.executable, '-W', 'ignore', str(ROOT/f'benchmarks/{name}.py'), '--quick', '--json', str(out)], capture_output=True, text=True, cwd=tmp_path)
+    r = subprocess.run([sys.executable, '-W', 'ignore', str(ROOT/f'benchmarks/{name}.py'), '--quick', '--json', str(out), *more], capture_output=True, text=True, cwd=tmp_path)
     assert r.returncode==0, r.stderr
     assert not out.exists()                       # tiny sizes are no result
     return r.stdout
@@ -16,10 +16,10 @@ def quick(name, tmp_path):
 def test_sweep(tmp_path): assert 'largest difference 0' in quick('sweep', tmp_path)
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['extraction', 'train_step', 'random_walk', 'crf', 'startup', 'profiles', 'scale'])
+@pytest.mark.parametrize('name', ['extraction', 'train_step', 'random_walk', 'crf', 'startup', 'profiles', 'scale', 'published', 'segmentation'])
 def test_quick(name, tmp_path):
     if name=='scale': pytest.importorskip('pyarrow')
-    assert {'startup': 'mct_train --help', 'profiles': 'share of the limit', 'scale': '2 workers, 40 photos'}.get(name, 'times faster') in quick(name, tmp_path)
+    assert {'startup': 'mct_train --help', 'profiles': 'share of the limit', 'scale': '2 workers, 40 photos', 'published': 'files to files, int8'}.get(name, 'times faster') in quick(name, tmp_path)
 
 def test_turns_alternate_and_ratios_are_of_rounds():
     from _common import by_turns, compare, ratio
@@ -42,3 +42,19 @@ def test_records_have_what_they_need():
     assert {r['table'] for r in records} >= {f'benchmark: {t}' for t in ('map extraction', 'training step', 'random walk', 'threshold sweep', 'dense CRF', 'start', 'profile')}
     assert all(r['threads']>=1 and r['commit'] and r['hardware'] and r['command'].startswith('python benchmarks/') for r in records)
     for script in {r['command'].split()[1] for r in records}: assert (ROOT/script).is_file()
+
+@pytest.mark.slow
+def test_the_published_code_itself(tmp_path):
+    "With the clone that MCTFORMER_CLONE names; `test_quick` runs the same script against a stand-in"
+    clone = os.environ.get('MCTFORMER_CLONE')
+    if not clone: pytest.skip('MCTFORMER_CLONE does not name a clone of the published code')
+    out = quick('published', tmp_path, '--clone', clone)
+    assert 'files to files, float32' in out and 'training step 64 x 64' in out
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_dry(tmp_path):
+    "Every step of experiments/gpu.sh, on the CPU with a tiny network: what it needs is there, and nothing is recorded"
+    r = subprocess.run(['bash', str(ROOT/'experiments/gpu.sh'), '--dry', '--out', str(tmp_path/'gpu'), '--json', str(tmp_path/'gpu.json')], capture_output=True, text=True, env=dict(os.environ, PYTHON=sys.executable))
+    assert r.returncode==0, r.stdout+r.stderr
+    for word in ('CPU and GPU', 'one view 64 x 64', 'step 64 x 64', 'segmentation of unseen photos', 'done in'): assert word in r.stdout
+    assert 'failed:' not in r.stdout and not (tmp_path/'gpu.json').exists()
