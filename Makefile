@@ -7,9 +7,8 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
-# A machine without a GPU: make demo TORCH=cpu takes torch from the index of wheels without CUDA. Another index: TORCH_INDEX=...
+# A machine without a GPU: make demo TORCH=cpu takes torch without CUDA. It is the name of a backend of uv: cpu, cu128, auto, ...
 TORCH       ?=
-TORCH_INDEX ?= https://download.pytorch.org/whl/$(TORCH)
 
 # The notebooks, the tests and the demo need no network once the packages are installed.
 export HF_HUB_OFFLINE = 1
@@ -37,7 +36,7 @@ $(STAMP): settings.ini constraints.txt setup.py pyproject.toml
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { echo "error: `"$(PYTHON)" -V 2>&1` cannot create virtual environments (no venv or ensurepip module). On Debian or Ubuntu: apt-get install python3-venv; or name another interpreter: make PYTHON=python3.11"; exit 1; }
 	@"$(PY)" -m pip --version >/dev/null 2>&1 || { echo "Creating $(VENV) with `"$(PYTHON)" -V 2>&1`"; "$(PYTHON)" -m venv --clear "$(VENV)"; }
 	@echo "Installing the packages into $(VENV): some minutes and GB the first time"
-	@test -z "$(TORCH)" || "$(PY)" -m pip install --disable-pip-version-check -c constraints.txt --index-url "$(TORCH_INDEX)" torch torchvision
+	@test -z "$(TORCH)" || { "$(PY)" -m pip install --disable-pip-version-check -c constraints.txt uv && "$(VENV)/bin/uv" pip install --python "$(PY)" --torch-backend="$(TORCH)" -c constraints.txt torch torchvision; }
 	"$(PY)" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch "$@"
 

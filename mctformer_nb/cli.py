@@ -8,8 +8,8 @@ __all__ = ['FROZEN_RECIPE', 'REFERENCE_RECIPE', 'PLUS_RECIPE', 'PLUS_MAPS', 'REC
            'quick_recipe', 'default_recipe', 'fill_recipe', 'report_training', 'train_without_training', 'follow_run',
            'plus_options', 'hinted_maps', 'mct_train', 'check_classes', 'by_shards', 'tried_precision',
            'affinity_network', 'photo_fit', 'hint_after_seeds', 'with_heads', 'mct_seeds', 'find_results',
-           'split_to_train', 'hint_after_score', 'score_without_masks', 'mct_score', 'mct_report', 'mct_info',
-           'class_list', 'convert_to_onnx', 'mct_convert']
+           'split_to_train', 'hint_after_score', 'save_sweep', 'score_without_masks', 'mct_score', 'mct_report',
+           'mct_info', 'class_list', 'convert_to_onnx', 'mct_convert']
 
 # %% ../nbs/60_cli.ipynb #c7d817f5
 import argparse, shlex
@@ -478,7 +478,7 @@ SCORE_ARGS = [
     arg('--figure', metavar='FILE', help='draw the sweep (seeds only)'),
     arg('--no-masks', action='store_true',
         help='ask the classifier instead: a background score by evidence, deletion, insertion and ROAD of the seeds'),
-    arg('--run', metavar='RUN', help='with --no-masks: the classifier that is asked (default: the folder of the seeds)'),
+    arg('--run', metavar='RUN', help='with --no-masks: the classifier to ask (default: the folder of the seeds)'),
     arg('--beside', metavar='DIR', help='with --no-masks: other seeds of the same photos, to compare')]
 
 # %% ../nbs/60_cli.ipynb #5p117t0t
@@ -505,6 +505,18 @@ def hint_after_score(
     if note.is_file() and read_json(note).get('kind')=='self-trained':
         hint(a, 'mct_masks', seeds=a.pred, data=a.data, split=a.split, out=Path(a.pred).parent/'masks')
     else: hint(a, 'mct_crf_labels', seeds=a.pred, data=a.data, split=split_to_train(a.data, a.split, a.pred))
+
+# %% ../nbs/60_cli.ipynb #5avesw33p
+def save_sweep(
+    res:dict, # of `sweep_threshold`
+    path:str|Path, # picture to write
+):
+    "The scores of all thresholds as a picture"
+    import matplotlib
+    matplotlib.use('Agg')
+    from mctformer_nb.core import atomic_path
+    from mctformer_nb.scores import plot_sweep
+    with atomic_path(path) as f: plot_sweep(res).figure.savefig(f, bbox_inches='tight')
 
 # %% ../nbs/60_cli.ipynb #n0masks02
 def score_without_masks(
@@ -534,9 +546,9 @@ def score_without_masks(
          'mct_score --pred runs/v2/seeds --data folder:my_photos --no-masks --json background.json', args=SCORE_ARGS)
 def mct_score(a):
     "mIoU, FP and FN of seeds (best threshold of a sweep) or of label masks, in percent."
-    from mctformer_nb.core import atomic_path, need
+    from mctformer_nb.core import need
     from mctformer_nb.datasets import get_dataset
-    from mctformer_nb.scores import fixed_threshold, plot_sweep, score_masks, score_table, sweep_threshold
+    from mctformer_nb.scores import fixed_threshold, score_masks, score_table, sweep_threshold
     if a.no_masks: return score_without_masks(a)
     ds = get_dataset(a.data, a.split, on_bad='skip')
     if a.corrected: ds = ds.with_masks()
@@ -552,10 +564,7 @@ def mct_score(a):
     print(f'done in {elapsed(a)}: {what} of {res.n_images} images, mIoU {best}')
     a.outcome = dict(res, kind=what, data=a.data, split=a.split, pred=a.pred)
     if sweep: hint_after_score(a)
-    if a.figure:
-        import matplotlib
-        matplotlib.use('Agg')
-        with atomic_path(a.figure) as f: plot_sweep(res).figure.savefig(f, bbox_inches='tight')
+    if a.figure: save_sweep(res, a.figure)
     return report_bad([*ds.bad, *res.bad, *((id, f'{id}: no file in {a.pred}') for id in res.missing)])
 
 # %% ../nbs/60_cli.ipynb #95cfc04c

@@ -162,6 +162,5 @@ def predict_photos(
     if not work['overwrite']: check_sources(folder, ds)
     about = announce_photos(ds, longest, log)
     with evaluating(net.to(local_device(**device))):
-        eyes = net if look is find_by_classifier else ready(net)
-        report = folder.fill(ds, partial(look, eyes, names, views), longest, **work)
+        report = folder.fill(ds, partial(look, ready(net), names, views), longest, **work)
     return AttrDict(report, **about, classes=names, scores=write_table(folder, names, ds.ids))
