@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import AttrDict
 from PIL import Image
-from .core import DataError, need, open_mask, save_mask
+from .core import need, open_mask, save_mask
+from .files import need_extra
 from .stage import Output, Work, run_stage
 
 # %% ../nbs/27_regions.ipynb #41c6f2c4
@@ -52,8 +53,7 @@ def superpixels(
     n:int=200,         # about how many
 ) -> np.ndarray:       # bool (R,H,W)
     "SLIC superpixels of a photo. Raises `DataError` without scikit-image"
-    try: from skimage.segmentation import slic
-    except ImportError: raise DataError('regions', 'scikit-image is missing', 'Install it or give regions') from None
+    slic = need_extra('skimage.segmentation', 'superpixels').slic
     labels = slic(np.asarray(image.convert('RGB')), n_segments=n, start_label=0) # (H,W)
     return labels == np.arange(labels.max()+1)[:, None, None]           # (R,H,W)
 
