@@ -1,6 +1,6 @@
 """Recipes beyond the paper on the drawn data set: seeds of V2, of MCTformer+ part by part and of adaptive attention fusion, each with the oracle's background, with one chosen without masks, and with its method's constant.
 
-    python experiments/beyond.py [--seeds 0 1 2] [--rows v2 plus_mean ...] [--out runs/beyond] [--json results/beyond.json]
+    python experiments/beyond.py [--seeds 0 1 2] [--rows v2 plus_mean ...] [--edges plus_cct] [--out runs/beyond] [--json results/beyond.json]
 
 One row for each method and seed. Rows that are in the JSON file are not measured again (--again does); trainings and seeds go on where they stopped.
 A row of your own is one more line of ROWS: the options of the training, those of the seeds, and the method's own background score."""
@@ -8,12 +8,14 @@ import argparse, statistics
 from pathlib import Path
 import torch
 import mctformer_nb.plus
-from mctformer_nb.core import write_json
+from mctformer_nb.crf import SEG_CRF
+from mctformer_nb.crf_masks import make_crf_masks
 from mctformer_nb.datasets import get_dataset
 from mctformer_nb.demo import DEMO_RECIPE, DEMO_SEEDS
 from mctformer_nb.head_fusion import HeadFused, train_heads
 from mctformer_nb.no_masks import METHOD_BACKGROUND, background_costs, choose_background, cost_table
 from mctformer_nb.runs import load_run
+from mctformer_nb.scores import score_masks
 from mctformer_nb.seeds import extract_seeds
 from mctformer_nb.tables import load_records, new_record, save_records
 from mctformer_nb.train import train_classifier
@@ -52,12 +54,25 @@ def measure(name, seed, a):
         if r['choice']!='oracle': add(r['cost'], METRICS[r['choice']].replace('mIoU', 'cost'))
     return records
 
+def edges(name, seed, a):
+    "The maps of a row as masks: without a refinement, by pixel-adaptive refinement (PAR), by the dense CRF, all at the background that was chosen without masks"
+    title, run, folder = ROWS[name][0], ROWS[name][1], a.out/f'seed{seed}'
+    ds = get_dataset('mini', 'train', n=a.images, size=96); scored, records = ds.subset(ds.ids[:a.scored]), []
+    background = next(r['value'] for r in load_records(a.json) if (r['row'], r['seed'], r['metric'])==(title, seed, METRICS['evidence'].replace('mIoU', 'threshold')))
+    for kind,crf in {'none': None, 'PAR': 'par', 'dense CRF': SEG_CRF}.items():
+        out = folder/f'masks_{name}_{kind.replace(" ", "_")}'; make_crf_masks(folder/f'maps_{name}', scored, out, background=background, crf=crf, workers=1)
+        v = float(score_masks(out, scored).miou); print(f'{title}, seed {seed}, {kind}: {v:.1f}', flush=True)
+        records.append(new_record('beyond edges', f'{title}: {kind}', v, 'mask mIoU', 'mini', seed=seed, background=background, command=f'python experiments/beyond.py --edges {name}'))
+    return records
+
 def main(a):
     torch.set_num_threads(a.threads)
     have = {(r['row'], r['seed']) for r in load_records(a.json)} if a.json.is_file() and not a.again else set()
     for seed in a.seeds:
         for name in a.rows:
             if (ROWS[name][0], seed) not in have: save_records(a.json, measure(name, seed, a))
+    for name in a.edges:
+        for seed in a.seeds: save_records(a.json, edges(name, seed, a))
     records = load_records(a.json)
     print(f"\n{'':42}{'mIoU':>8}{'std':>6}{'chosen':>8}{'method':>8}   seeds")
     for title,*_ in ROWS.values():
@@ -66,7 +81,7 @@ def main(a):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); A = p.add_argument
-    A('--seeds', type=int, nargs='+', default=[0, 1, 2]); A('--rows', nargs='+', choices=list(ROWS), default=list(ROWS)); A('--epochs', type=int, default=12); A('--threads', type=int, default=1)
+    A('--seeds', type=int, nargs='+', default=[0, 1, 2]); A('--rows', nargs='*', choices=list(ROWS), default=list(ROWS), help='to measure'); A('--edges', nargs='+', choices=list(ROWS), default=[]); A('--epochs', type=int, default=12); A('--threads', type=int, default=1)
     A('--out', type=Path, default=Path('runs/beyond')); A('--json', type=Path, default=Path('results/beyond.json')); A('--again', action='store_true')
     A('--images', type=int, default=600, help='scenes to train on'); A('--scored', type=int, default=200, help='of them, scored')
     main(p.parse_args())

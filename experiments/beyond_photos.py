@@ -9,7 +9,7 @@ import argparse, time
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from mctformer_nb.clipped_loss import ClippedLoss
-from mctformer_nb.core import open_mask, set_seed
+from mctformer_nb.core import need, open_mask, set_seed
 from mctformer_nb.crf import SEG_CRF
 from mctformer_nb.crf_masks import make_crf_masks
 from mctformer_nb.datasets import get_dataset
@@ -51,7 +51,7 @@ def background(a, train):
 def regions(a, train):
     "Superpixels vote on the pseudo masks"
     if a.known('superpixels vote'): return
-    vote_masks(a.chain/'masks', train, a.out/'voted')
+    r = vote_masks(a.chain/'masks', train, a.out/'voted'); need(not r.bad, a.out/'voted', f'{len(r.bad)} masks are missing: {r.bad[:1]}', 'See above')
     a.add('pseudo masks', both(score_masks(a.chain/'masks', train)))
     a.add('superpixels vote', both(score_masks(a.out/'voted', train)))
 
