@@ -5,7 +5,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 import mctformer_nb.segment as S
-from mctformer_nb import predict, voc_server
+from mctformer_nb import photo_masks, predict, voc_server
 from mctformer_nb.affinitynet import AffinityNet, save_affinity
 from mctformer_nb.core import DataError, open_mask, save_mask, set_seed
 from mctformer_nb.crf import SEG_CRF
@@ -91,7 +91,7 @@ def test_memory_error_is_one_photo_less(tmp_path, monkeypatch):
 
 def test_disk_errors_are_not_swallowed(tmp_path, monkeypatch):
     def full(*a): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(S, 'save_mask', full)
+    monkeypatch.setattr(photo_masks, 'save_mask', full)
     with pytest.raises(OSError, match='No space'): segment_dataset(run(), data(2), tmp_path, (1,), workers=1)
     assert not list(tmp_path.glob('*.png'))
 
