@@ -108,7 +108,7 @@ def test_ray_with_a_killed_worker(undisturbed, tmp_path, monkeypatch):
     from mctformer_nb.engines import run_ray
     monkeypatch.setenv('PYTHONPATH', paths()); monkeypatch.setenv('OMP_NUM_THREADS', '1'); monkeypatch.setenv('RAY_USAGE_STATS_ENABLED', '0'); killed = []
     t = threading.Thread(target=lambda: killed.append(kill_one(tmp_path/'out', tmp_path/'out-pids'))); t.start()
-    small = {} if os.environ.get('RAY_ADDRESS') else dict(num_cpus=2, include_dashboard=False, object_store_memory=100*2**20)   # a cluster that runs here, or a new one
+    small = {} if os.environ.get('RAY_ADDRESS') else dict(address='local', num_cpus=2, include_dashboard=False, object_store_memory=100*2**20)   # a cluster that runs here, or a new one
     try: r = run_ray(make_job(tmp_path/'out', .3), 2, **small)
     finally: ray.shutdown()
     t.join(); assert killed and (r.shards, r.written, r.bad)==(6, 24, [])
