@@ -44,7 +44,7 @@ def measure(name, seed, a):
     model = load_run(train_classifier(ds, val, folder/run, **recipe | training))[0]
     if method=='heads': extract_seeds(HeadFused(model, train_heads(model, ds, folder/run, 96, seed=seed)), scored, folder/f'maps_{name}', **maps)
     else: extract_seeds(model, scored, folder/f'maps_{name}', **maps)
-    found = choose_background(model, scored, folder/f'maps_{name}', size=maps.get('image_size'), prior=METHOD_BACKGROUND[method])
+    found = choose_background(model, scored, folder/f'maps_{name}', size=maps.get('image_size'))
     rows = background_costs(folder/f'maps_{name}', scored, dict(evidence=found.background, method=METHOD_BACKGROUND[method]))
     print(f'{title}, seed {seed}', cost_table(rows), sep='\n', flush=True)
     records = []

@@ -42,7 +42,7 @@ def background(a, train):
     "What choosing a background without masks costs"
     if a.known('background: best of train'): return
     model = load_run(a.chain/'run')[0]
-    found = choose_background(model, train, a.chain/'seeds', size=320, prior=.4).background
+    found = choose_background(model, train, a.chain/'seeds', size=320).background
     rows = background_costs(a.chain/'seeds', train, dict(evidence=found, constant=.4))
     print(cost_table(rows), flush=True)
     names = dict(oracle='best of train', evidence='evidence of the classifier', constant='the constant 0.4')

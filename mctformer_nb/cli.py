@@ -8,8 +8,8 @@ __all__ = ['FROZEN_RECIPE', 'REFERENCE_RECIPE', 'PLUS_RECIPE', 'PLUS_MAPS', 'REC
            'quick_recipe', 'default_recipe', 'fill_recipe', 'report_training', 'train_without_training', 'follow_run',
            'plus_options', 'hinted_maps', 'mct_train', 'check_classes', 'by_shards', 'tried_precision',
            'affinity_network', 'photo_fit', 'hint_after_seeds', 'with_heads', 'mct_seeds', 'find_results',
-           'split_to_train', 'hint_after_score', 'save_sweep', 'score_without_masks', 'mct_score', 'mct_report',
-           'mct_info', 'class_list', 'convert_to_onnx', 'mct_convert']
+           'split_to_train', 'hint_after_score', 'save_sweep', 'background_by_evidence', 'score_without_masks',
+           'mct_score', 'mct_report', 'mct_info', 'class_list', 'convert_to_onnx', 'mct_convert']
 
 # %% ../nbs/60_cli.ipynb #c7d817f5
 import argparse, shlex
@@ -518,19 +518,31 @@ def save_sweep(
     from mctformer_nb.scores import plot_sweep
     with atomic_path(path) as f: plot_sweep(res).figure.savefig(f, bbox_inches='tight')
 
+# %% ../nbs/60_cli.ipynb #n0masks06
+def background_by_evidence(
+    run:str|Path, # of the classifier that is asked; None: the folder that holds the seeds
+    seeds:str|Path, # folder
+    ds:'Dataset', # their photos
+) -> tuple: # what `choose_background` found, the classifier, the side that it sees in pixels
+    "Ask a run for the background of seeds. Raises `DataError`."
+    from mctformer_nb.no_masks import choose_background
+    from mctformer_nb.runs import load_run
+    run = run or Path(seeds).parent
+    model, config = load_run(run, kind='classifier')
+    check_classes(config, ds, run)
+    size = config.get('image_size')
+    return choose_background(model, ds, seeds, size=size), model, size
+
 # %% ../nbs/60_cli.ipynb #n0masks02
 def score_without_masks(
     a:argparse.Namespace, # parsed arguments of `mct_score`
 ) -> int: # exit status
     "What the classifier says of seeds, in percent, and the background that it chooses"
     from mctformer_nb.datasets import get_dataset
-    from mctformer_nb.no_masks import choose_background, map_quality, prior_background, quality_table
-    from mctformer_nb.runs import load_run
-    model, config = load_run(a.run or Path(a.pred).parent, kind='classifier')
-    ds, asked = get_dataset(a.data, a.split, on_bad='skip'), dict(size=config.get('image_size'))
-    check_classes(config, ds, a.run or Path(a.pred).parent)
-    found = choose_background(model, ds, a.pred, prior=prior_background(a.pred), **asked)
-    judged = [map_quality(model, ds, p, **asked) for p in filter(None, (a.pred, a.beside))]
+    from mctformer_nb.no_masks import map_quality, quality_table
+    ds = get_dataset(a.data, a.split, on_bad='skip')
+    found, model, size = background_by_evidence(a.run, a.pred, ds)
+    judged = [map_quality(model, ds, p, size=size) for p in filter(None, (a.pred, a.beside))]
     print(quality_table(*judged))
     print(f'done in {elapsed(a)}: background by evidence {found.background:.2f} (no mask was read)')
     names = [dict(q, rows=len(q.rows)) for q in judged]

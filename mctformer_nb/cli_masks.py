@@ -217,10 +217,8 @@ def masks_background(
     "--background as a number, from a file, or, `auto`, chosen by the evidence of the classifier"
     if a.background is None: return {}
     if a.background!='auto': return dict(background=a.background)
-    from mctformer_nb.no_masks import choose_background, prior_background
-    from mctformer_nb.runs import load_run
-    model, config = load_run(a.run or Path(a.seeds).parent, kind='classifier')
-    found = choose_background(model, ds, a.seeds, size=config.get('image_size'), prior=prior_background(a.seeds))
+    from mctformer_nb.cli import background_by_evidence
+    found, *_ = background_by_evidence(a.run, a.seeds, ds)
     print(f'background by evidence: {found.background:g}')
     return dict(background=found.background)
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CFG = ConfigParser(delimiters=['=']); CFG.read(ROOT/'settings.ini', encoding='utf-8'); CFG = CFG['DEFAULT']
 PKG = CFG['lib_path']; LIB = ROOT/PKG; NBS = ROOT/CFG['nbs_path']
 MAX_LINES, MAX_CELLS, KB, HARD_KB, MAX_MB = 25, 80, 300, 400, 8
-MORE_CELLS = {'60_cli.ipynb': 102} # the commands, one after the other: looked up, not read through
+MORE_CELLS = {'60_cli.ipynb': 103} # the commands, one after the other: looked up, not read through
 
 # ---- notebooks as this file sees them
 
