@@ -64,7 +64,7 @@ def features(a, net, ds, split):
     "Patch features (n,D,h,w) in half precision of all photos, squeezed into a square; kept in a file"
     path = a.out/f'features_{split}.npy'
     if not path.exists():
-        found = np.stack([net.backbone(square_input(ds.image(i), a.side, input_spec(net)))[-1][0].half().numpy() for i in range(len(ds))])
+        found = np.stack([net.backbone(square_input(ds.image(i), a.side, input_spec(net)).to(a.device))[-1][0].half().cpu().numpy() for i in range(len(ds))])
         np.save(path, found)
     return np.load(path, mmap_mode='r')
 
@@ -74,33 +74,33 @@ def cells(mask, grid):
     return mask[y.astype(int)[:, None], x.astype(int)]                                     # (H,W) -> (2h,2w)
 
 @torch.no_grad()
-def val_score(head, f, val, C):
+def val_score(head, f, val, C, device):
     "Both means on unseen photos"
     total = 0
     for i in range(len(val)):
-        t = val.mask(i); p = F.interpolate(head(torch.from_numpy(f[i:i+1].astype(np.float32))), t.shape, mode='bilinear', align_corners=False)[0].argmax(0)
-        total = total + confusion(p.numpy().astype(np.uint8), t, C+1)
+        t = val.mask(i); p = F.interpolate(head(torch.from_numpy(f[i:i+1].astype(np.float32)).to(device)), t.shape, mode='bilinear', align_corners=False)[0].argmax(0)
+        total = total + confusion(p.cpu().numpy().astype(np.uint8), t, C+1)
     r = iou_fp_fn(total); names = ['background', *val.classes]; iou, occur = np.asarray(r['iou']), total.sum(1)>0
     return dict(mIoU=float(np.nanmean(iou[occur])), **{SIX: float(np.mean([iou[names.index(k)] for k in ('background', *ANIMALS)]))})
 
 def decoders(a, train):
     "Two decoders and two losses on the same features and pseudo masks"
     aug, val = get_dataset(a.data, 'trainaug'), get_dataset(a.data, 'val'); C = len(aug.classes)
-    vit = dict(backbone=a.backbone, pretrained=a.weights or True); net = segment_network(C, 'mask', **vit).eval()
+    vit = dict(backbone=a.backbone, pretrained=a.weights or True); net = segment_network(C, 'mask', **vit).eval().to(a.device)
     f, unseen = features(a, net, aug, 'trainaug'), features(a, net, val, 'val')
     y = torch.from_numpy(np.stack([cells(open_mask(a.chain/'masks'/f'{id}.png'), f.shape[2:]) for id in aug.ids]))           # (n,2h,2w)
     for row,(network,loss) in DECODERS.items():
         if a.known(row): continue
-        set_seed(0); head, start = segment_network(C, **network, **dict(vit, pretrained=False)).head.train(), time.time()
+        set_seed(0); head, start = segment_network(C, **network, **dict(vit, pretrained=False)).head.train().to(a.device), time.time()
         opt = torch.optim.AdamW(head.parameters(), RATES[network['decoder']]); curve = torch.optim.lr_scheduler.PolynomialLR(opt, a.steps, .9)
         lossf, order = ClippedLoss(clip_start=a.clip_start) if loss=='clipped' else SegmentLoss(), []
         for step in range(a.steps):
             if len(order)<8: order = torch.randperm(len(y)).tolist()
             i, order = order[:8], order[8:]
-            out = F.interpolate(head(torch.from_numpy(f[sorted(i)].astype(np.float32))), y.shape[1:], mode='bilinear', align_corners=False)
-            value = lossf(out, y[sorted(i)]); value.backward(); opt.step(); opt.zero_grad(); curve.step()
-            if step%200==0: print(f'{row}: step {step} of {a.steps}, loss {float(value):.3f}, {time.time()-start:.0f} s', flush=True)
-        a.add(row, val_score(head.eval(), unseen, val, C), 'VOC animals, val', steps=a.steps, seconds=round(time.time()-start), **(dict(clip_start=a.clip_start) if loss=='clipped' else {}))
+            out = F.interpolate(head(torch.from_numpy(f[sorted(i)].astype(np.float32)).to(a.device)), y.shape[1:], mode='bilinear', align_corners=False)
+            value = lossf(out, y[sorted(i)].to(a.device)); value.backward(); opt.step(); opt.zero_grad(); curve.step()
+            if step%200==0: print(f'{row}: step {step} of {a.steps}, loss {value.item():.3f}, {time.time()-start:.0f} s', flush=True)
+        a.add(row, val_score(head.eval(), unseen, val, C, a.device), 'VOC animals, val', steps=a.steps, seconds=round(time.time()-start), **(dict(clip_start=a.clip_start) if loss=='clipped' else {}))
 
 def main(a):
     a.out.mkdir(parents=True, exist_ok=True); torch.set_num_threads(a.threads)
@@ -116,7 +116,7 @@ PARTS = dict(edges=edges, background=background, regions=regions, decoders=decod
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); A = p.add_argument
-    A('--data', required=True); A('--chain', type=Path, default=Path('runs/real_photos'), help='folder of real_photos.py: run, seeds, masks'); A('--parts', nargs='+', choices=list(PARTS), default=list(PARTS)); A('--threads', type=int, default=1)
+    A('--data', required=True); A('--chain', type=Path, default=Path('runs/real_photos'), help='folder of real_photos.py: run, seeds, masks'); A('--parts', nargs='+', choices=list(PARTS), default=list(PARTS)); A('--threads', type=int, default=1); A('--device', default='cpu', help='of the decoders')
     A('--backbone', default='vit_small_patch14_dinov2'); A('--weights', type=Path); A('--side', type=int, default=322, help='of the square that the ViT sees, pixels'); A('--steps', type=int, default=1200); A('--clip-start', type=float, default=.6)
     A('--out', type=Path, default=Path('runs/beyond_photos')); A('--json', type=Path, default=Path('results/beyond_photos.json'))
     main(p.parse_args())
