@@ -196,7 +196,7 @@ def has_module_class(nb, tree):
     return any(isinstance(n, ast.ClassDef) and issubclass(getattr(mod, n.name), torch.nn.Module) for n in tree.body)
 
 # Functions that hold a stage's read, compute and write side by side, and tables of options; lines they have: may shrink, not grow.
-LONGER = dict(pooled_features=28, train_frozen=41, photo_cells=26, train_cells=33, self_trained_seeds=43, SEED_ARGS=43, mct_seeds=33,
+LONGER = dict(pooled_features=28, train_frozen=41, view_cells=26, train_cells=33, self_trained_seeds=43, SEED_ARGS=43, mct_seeds=33,
               mct_score=27, mct_masks=40)
 
 @each_module
