@@ -38,7 +38,7 @@ class PatchFeatures(nn.Module):
 
 # %% ../nbs/29_backbones.ipynb #gridconv02
 class GridConv(nn.Conv2d):
-    "A dilated depthwise convolution of stride 1 that keeps the size, on a CPU as a plain one on each of the d x d grids"
+    "A dilated depthwise convolution that keeps the size, on a CPU as a plain one on each of the d x d grids"
     def forward(self, x):
         B, C, H, W = x.shape
         d, training = self.dilation[0], torch.is_grad_enabled() and self.weight.requires_grad

@@ -122,7 +122,7 @@ def photo_cells(
     other:OtherAffinity=None, # gives features and affinity; None: the CNN does
     how:SelfTraining=SelfTraining(), # temperature, device, mirror
 ) -> dict: # maps (k,h,w), features (D,h,w), affinity (M,M): float16 arrays
-    "Everything that later steps need of a photo: the mean of what is known about its cells and those of its mirror image"
+    "Everything that later steps need of a photo: what its view and its mirror image say of each cell, the mean"
     known = view_cells(model, image, classes, other, how)
     if how.mirror:
         seen, grid = view_cells(model, ImageOps.mirror(image), classes, other, how), known['features'].shape[1:]
