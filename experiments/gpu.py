@@ -7,7 +7,7 @@
 
 * right: maps of every rule and kind and one training step, CPU = GPU to 1e-3; half precision; the fused attention kernel is the one that runs. cells: those of notebooks marked `gpu`, beside the trainings
 * speed: `benchmarks/extraction.py`, `benchmarks/train_step.py`, and the speed of one large matrix product in bf16, of which the steps' share is told
-* train: V1, V2, V2 in a frozen ViT and MCTformer+ side by side, each with its seeds by its own affinity and by that of the frozen ViT; from the best maps of each but V1 (by the masks of `train`) pseudo masks by the
+* train: V1, V2, V2 in a frozen ViT and MCTformer+ side by side, each with its seeds by its own affinity and by that of the frozen ViT; from the best maps of V2 (by the masks of `train`) pseudo masks by the
   photo's edges and a DeepLab, scored on unseen photos; with --masks two decoders and two losses on given pseudo masks. `--parts networks --networks v2 --chain` is one of these jobs"""
 import argparse, json, os, subprocess, sys, time
 from pathlib import Path
@@ -162,8 +162,8 @@ def networks(a, log):
 
 def train(a, log):
     "The networks side by side, because photos are prepared by processors and one network does not fill a GPU; each job has a log of its own"
-    me = [sys.executable, __file__, '--data', a.data, '--backbone', a.backbone, '--device', a.device, '--out', str(a.out), '--epochs', str(a.epochs), '--workers', str(a.workers//3), *(['--weights', a.weights] if a.weights else []), *(['--dry'] if a.dry else [])]
-    jobs = {n[-1].replace(', ', '_').replace(' ', '_'): [*me, '--parts', 'networks', '--networks', *n, '--chain'] for n in (['v1', 'v2'], ['v2, frozen ViT'], ['plus'])}
+    me = [sys.executable, __file__, '--data', a.data, '--backbone', a.backbone, '--device', a.device, '--out', str(a.out), '--epochs', str(a.epochs), '--workers', str(a.workers//4), *(['--weights', a.weights] if a.weights else []), *(['--dry'] if a.dry else [])]
+    jobs = {n.replace(', ', '_').replace(' ', '_'): [*me, '--parts', 'networks', '--networks', n, *(['--chain'] if n=='v2' else [])] for n in NETWORKS}   # the paper's second half from V2's maps alone: its CRF takes all processors for a minute
     if a.masks and not a.dry: jobs['decoders'] = [sys.executable, str(ROOT/'experiments/beyond_photos.py'), '--data', a.data, '--chain', a.masks, '--parts', 'decoders', '--backbone', a.backbone, '--weights', a.weights, '--device', a.device, '--steps', str(a.steps), '--out', str(a.out/'decoders')]
     if not a.dry: jobs['cells'] = [*me, '--parts', 'cells']
     a.out.mkdir(parents=True, exist_ok=True); files = {k: a.out/f'{k}.json' for k in jobs}

@@ -56,5 +56,5 @@ def test_the_gpu_script_runs_dry(tmp_path):
     "Every step of experiments/gpu.sh, on the CPU with a tiny network: what it needs is there, and nothing is recorded"
     r = subprocess.run(['bash', str(ROOT/'experiments/gpu.sh'), '--dry', '--out', str(tmp_path/'gpu'), '--json', str(tmp_path/'gpu.json')], capture_output=True, text=True, env=dict(os.environ, PYTHON=sys.executable))
     assert r.returncode==0, r.stdout+r.stderr
-    for word in ('CPU and GPU', 'one view 64 x 64', 'step 64 x 64', 'segmentation of unseen photos', 'done in'): assert word in r.stdout
+    for word in ('CPU and GPU', 'one view 64 x 64', 'step 64 x 64', 'v2: segmentation', 'done in'): assert word in r.stdout
     assert 'failed:' not in r.stdout and not (tmp_path/'gpu.json').exists()
