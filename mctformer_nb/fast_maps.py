@@ -20,6 +20,7 @@ from .affinity import refine_by
 from .attention import ATTENTION, Maps, baseline_maps, check_request, class_to_patch, evaluating
 from .attention import fuse_layers, fuse_maps, num_prefix, patch_cam
 from .core import need
+from .mctformer import DirectLinear
 from .other_affinity import OtherAffinity, refine_by_other
 from .views import input_spec
 from .vit import capture_qk
@@ -141,12 +142,12 @@ def attention_pass(
     "One forward pass, and all that maps need of it. Raises `DataError`"
     P, L, scales = num_prefix(model), len(model.blocks), [b.attn.scale for b in model.blocks]
     if use_rows(model, x, groups, attention):
-        with evaluating(model), AttentionSums(P, layers, groups) as kept: f = model.forward_features(x)[1] # (B,D,h,w)
+        with evaluating(model), DirectLinear(), AttentionSums(P, layers, groups) as kept: f = model.forward_features(x)[1] # (B,D,h,w)
         seen, sums = f'{kept.layer} of {L} layers were seen, is the model compiled?', kept.sums
         need(kept.layer == L, "attention 'rows'", seen, "Use attention='fused'")
         return f, {l: kept.rows[l][:, classes] for l in layers}, lambda group, maps: refine_by(sums[group], maps)
     which = sorted(set(layers).union(*groups))
-    with evaluating(model), capture_qk(model.blocks, which) as qk, one_buffer(model.blocks, qk):
+    with evaluating(model), DirectLinear(), capture_qk(model.blocks, which) as qk, one_buffer(model.blocks, qk):
         f = model.forward_features(x)[1]                                    # (B,D,h,w)
     q, k = ({l: v[n] for l,v in qk.items()} for n in 'qk')                  # {layer: (B,H,N,d)}
     one = lambda l, m: affinity_apply(q[l], k[l], m.flatten(2), P, scales[l]).unflatten(2, m.shape[-2:])

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from .affinity import refine_by, token_attention
 from .core import DataError, need
+from .mctformer import DirectLinear
 from .runs import weights_digest
 from .views import InputSpec, input_spec, rgb_tensor, view_size
 from .vit import build_vit, capture_qk
@@ -60,7 +61,7 @@ def patch_affinity(
          f'Use 1 to {L}, or all (in Python None)')
     need(power >= 1, f'affinity power {power}', 'not possible', 'Use a whole number from 1')
     last = range(L)[-(layers or L):]
-    with capture_qk(vit.blocks, last) as qk: vit.forward_features(x)
+    with DirectLinear(), capture_qk(vit.blocks, last) as qk: vit.forward_features(x)
     A = sum(token_attention(l['q'], l['k'], vit.blocks[i].attn.scale)[:, P:, P:] for i,l in qk.items()) # (B,M,M)
     return torch.linalg.matrix_power(sinkhorn(A) if norm == 'sinkhorn' else A, power)
 

@@ -19,6 +19,7 @@ from .artifacts import is_complete, save_seed
 from .attention import minmax
 from .core import atomic_path, need, progress, read_arrays
 from .frozen import FrozenCAM, at_bits, frozen_precision
+from .mctformer import DirectLinear
 from .other_affinity import OtherAffinity
 from .ranks import local_device
 from .runs import check_data, split_options, weights_digest
@@ -36,7 +37,7 @@ def tokens_and_affinity(
     "Patch tokens after the last norm, and Eq. 3's affinity of the last blocks"
     vit, patch = other.vit.to(x.device), other.vit.patch_embed.feat_ratio()
     P, last = vit.num_prefix_tokens, range(len(vit.blocks))[-(other.layers or len(vit.blocks)):]
-    with capture_qk(vit.blocks, last) as qk: t = vit.forward_features(x)
+    with DirectLinear(), capture_qk(vit.blocks, last) as qk: t = vit.forward_features(x)
     A = sum(token_attention(l['q'], l['k'], vit.blocks[i].attn.scale)[0, P:, P:] for i,l in qk.items())        # (M,M)
     return t[0, P:].T.unflatten(1, (x.shape[-2]//patch, x.shape[-1]//patch)).float(), A  # (M,D) -> (D,h,w)
 
