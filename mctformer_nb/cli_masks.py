@@ -239,9 +239,7 @@ def masks_background(
     arg('--run', metavar='RUN', help='with --background auto: the classifier (default: the folder of the seeds)'),
     arg('--alpha', type=number(float, 0, above=True), help='background (1-max)^ALPHA instead, as PSA'),
     arg('--beta', type=number(float, 0, above=True), default=8, help='power of affinities (reference, default: 8)'),
-    arg('--steps', type=number(int, 0), default=64,
-        help='of the walk (reference and default: 64, for photos of 500 pixels; for smaller ones in proportion to '
-             'their area, such as 26 for 320; PSA: 256)'),
+    arg('--steps', type=number(int, 0), default=64, help='of the walk, for 500 pixels (reference: 64; 320: 26)'),
     arg('--stride', type=number(int, 1),
         help="pixels a cell (default: the network's own, 8); less enlarges the photo for it, for small photos"),
     arg('--crf', action='store_true',

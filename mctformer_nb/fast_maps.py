@@ -142,7 +142,8 @@ def attention_pass(
     "One forward pass, and all that maps need of it. Raises `DataError`"
     P, L, scales = num_prefix(model), len(model.blocks), [b.attn.scale for b in model.blocks]
     if use_rows(model, x, groups, attention):
-        with evaluating(model), DirectLinear(), AttentionSums(P, layers, groups) as kept: f = model.forward_features(x)[1] # (B,D,h,w)
+        with evaluating(model), DirectLinear(), AttentionSums(P, layers, groups) as kept:
+            f = model.forward_features(x)[1]                                # (B,D,h,w)
         seen, sums = f'{kept.layer} of {L} layers were seen, is the model compiled?', kept.sums
         need(kept.layer == L, "attention 'rows'", seen, "Use attention='fused'")
         return f, {l: kept.rows[l][:, classes] for l in layers}, lambda group, maps: refine_by(sums[group], maps)
