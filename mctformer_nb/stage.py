@@ -144,11 +144,12 @@ class Work:
     "How the work of a stage is done: nothing here changes what is in the files"
     batches:list=None # [[id]] computed together, the same in every process; default one by one
     threads:int=4 # that read and write
-    processes:int|None=0 # that write instead of the threads, at most one an image; None: one a core
+    processes:int|None=0 # that write instead of the threads, at most one an image; None: one a core, see below
     overwrite:bool=False # write files anew that exist
     bad:tuple=() # (id, problem) known before
     desc:str='images' # beside the progress bar
-    def processes_for(self, n): return min(cores() if self.processes is None else self.processes, n) # of n images
+    def processes_for(self, n): # of n images; a process takes seconds to start, so by default each has 16 or more
+        return min(cores(), max(1, n//16)) if self.processes is None else min(self.processes, n)
 
 # %% ../nbs/05_stage.ipynb #f6f9b2cd
 def read_batch(
