@@ -16,7 +16,7 @@ from .core import need, save_mask
 from .crf import SEG_CRF, refined_mask, refinement
 from .random_walk import background_score
 from .runs import plain
-from .stage import Output, Work, cores, run_stage
+from .stage import Output, Work, run_stage
 
 # %% ../nbs/32_crf_masks.ipynb #278e5d7b
 def seed_probs(
@@ -57,5 +57,5 @@ def make_crf_masks(
     how = dict(background=background_score(background), sharpness=float(sharpness), crf=refinement(crf, SEG_CRF))
     settings = dict(how, crf=plain(how['crf']), classes=list(ds.classes), seeds=check_seeds(seeds, ds))
     files = Output(out, settings, '_masks.json', '.png', 'masks')
-    work = Work(processes=min(workers or cores(), len(ds)), overwrite=overwrite, desc='masks')
+    work = Work(processes=workers or None, overwrite=overwrite, desc='masks')
     return run_stage(files, ds.ids, partial(read_photo_seed, ds, seeds), partial(write_crf_mask, how), work=work)

@@ -18,7 +18,7 @@ from .artifacts import is_complete
 from .core import atomic_path, need, overlay, save_mask, write_json
 from .datasets import Dataset
 from .photos import find_photos, read_photo, read_photo_size
-from .stage import Output, Work, cores, run_stage
+from .stage import Output, Work, run_stage
 
 # %% ../nbs/05a_photo_masks.ipynb #phomsk06
 def photo_files(
@@ -115,7 +115,7 @@ def fill_folders(
     def compute(photos):
         seen = [AttrDict(p, **find(p.image)) for p in photos]
         return [[(folder, found) for folder in folders] for found in seen]
-    processes = min(workers or cores(), len(ds)) if any(f.heavy for f in folders) else 1
+    processes = workers or None if any(f.heavy for f in folders) else 1
     work = Work(processes=processes, overwrite=overwrite, bad=ds.bad, desc='photos')
     return run_stage(folders, ds.ids, read, write_found, compute, work)
 
