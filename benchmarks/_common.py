@@ -3,7 +3,7 @@
 Ours and the plain version run one after the other, round after round, so that a busy or throttled machine slows both alike; each round gives one ratio and
 the median counts. On the CPU the ratio is that of the process's CPU time, which other programs hardly change, and elapsed time stands beside it. On a GPU (`--device cuda`)
 both are the time between two CUDA events. Extra memory is the peak during the call minus what was held before: resident memory on the CPU (Linux), allocated memory on a GPU."""
-import argparse, ctypes, statistics, sys, time
+import argparse, ctypes, re, statistics, sys, time
 from pathlib import Path
 import torch
 
@@ -64,6 +64,6 @@ class Report:
     def save(self):
         a = self.args
         if not a.json or a.quick: return
-        command = 'python benchmarks/' + ' '.join([Path(sys.argv[0]).name, *(v for v in sys.argv[1:])])
+        command = re.sub(r' --(json|out) \S+', '', 'python benchmarks/' + ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]))   # where the records went says nothing of them
         extra = lambda target, m: dict(threads=torch.get_num_threads(), torch=torch.__version__.split('+')[0], rounds=a.repeats, **({'target': target[m]} if m in target else {}))
         save_records(a.json, [new_record(self.table, row, float(f'{v:.4g}'), m, self.dataset, self.seed, command, **extra(target, m), **notes) for row,ms,target,notes in self.rows for m,v in ms.items()])

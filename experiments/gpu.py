@@ -13,7 +13,9 @@ import argparse, json, os, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 ROOT = Path(__file__).resolve().parents[1]; sys.path.insert(0, str(ROOT))
+from beyond_photos import both
 from mctformer_nb.attention import KINDS, RULES, localize
+from mctformer_nb.cli import FROZEN_RECIPE
 from mctformer_nb.crf_masks import make_crf_masks
 from mctformer_nb.datasets import get_dataset
 from mctformer_nb.deeplab import train_segment
@@ -101,20 +103,14 @@ def speed(a, log):
 
 # ---- train
 
-FROZEN = dict(blocks=0, patch_embed=0, pos_embed_pat=0)                        # of `lr_mult`: only class tokens, their positions and the head learn
 WHOLE = dict(layers=None)                                                      # all blocks
 MAPS = dict(v1={'attention': dict(kind='attn', refine=False), 'attention and affinity': dict(kind='attn')},
             v2={'attention': dict(kind='attn', refine=False), 'PatchCAM': dict(kind='patchcam', refine=False), 'attention and affinity': dict(kind='attn'), 'product': dict(kind='fused', refine=False), 'product and affinity': dict(kind='fused')},
             plus={'attention': dict(kind='attn', rule='plus', refine=False, **WHOLE), 'product': dict(kind='fused', rule='plus', refine=False, **WHOLE), 'attention and affinity': dict(kind='attn', rule='plus', **WHOLE), 'product and affinity': dict(kind='fused', rule='plus', **WHOLE)})
 NETWORKS = {'v1': dict(variant='v1'), 'v2': dict(variant='v2'), 'plus': dict(variant='plus', image_size=448, batch_size=32, epochs=45),
-            'v2, frozen ViT': dict(variant='v2', epochs=12, batch_size=8, lr=.002, warmup_epochs=1, per_step=True, aug='light', lr_mult=FROZEN)}
-DEEPLAB = dict(backbone='tf_efficientnet_lite0', optimizer='adamw', lr=2e-4, head_mult=5, dilation=6, width=256, output_stride=16, batch_size=8, epochs=20, crop=256, cache=True)
-ANIMALS = ['background', 'cat', 'dog', 'cow', 'horse', 'sheep', 'person']
+            'v2, frozen ViT': dict(FROZEN_RECIPE['train'], variant='v2')}
 
-def means(r):
-    "mIoU of the classes that occur in the truth, and of background and the six animals"
-    iou = {k: v['iou'] for k,v in r.per_class.items()}; occur = [v['iou'] for v in r.per_class.values() if v['iou']>0 or v['fn']>0]
-    return {'mIoU': float(np.mean(occur)), 'mIoU of background and six classes': float(np.mean([iou[k] for k in ANIMALS if k in iou]))}
+def folder_of(name): return name.replace(', ', '_').replace(' ', '_')
 
 def splits(a):
     return (get_dataset(a.data, s, **({'n': 12} if a.dry else {})) for s in (('train', 'train', 'val') if a.dry else ('trainaug', 'train', 'val')))
@@ -122,7 +118,7 @@ def splits(a):
 def seeds_of(a, log, name, model, score):
     "Every kind of maps on the photos of `train`; the settings of the best, by their masks"
     views = dict(image_size=a.seed_side, batch_size=16, device=a.device, workers=a.workers or 1, precision='bf16' if a.device.startswith('cuda') else 'float32')
-    folders = {a.out/f'{name}_seeds'/k.replace(' ', '_'): (k, how) for k,how in MAPS[model.variant].items()}; begin = time.time()
+    folders = {a.out/f'{folder_of(name)}_seeds'/k.replace(' ', '_'): (k, how) for k,how in MAPS[model.variant].items()}; begin = time.time()
     extract_kinds(model, score, {f: how for f,(_,how) in folders.items()}, **views); took, best = time.time()-begin, (-1, None, None)
     if a.affinity:
         other = OtherAffinity(affinity_vit(a.backbone, a.weights))
@@ -131,39 +127,39 @@ def seeds_of(a, log, name, model, score):
         folders |= more
     for f,(k,how) in folders.items():
         r, at = sweep_threshold(f, score), fixed_threshold(f, score, .4)
-        log('gpu: seeds', f'{name}: {k}', a.photos('train'), **means(r), background=r.best_threshold, **{f'{m} at background 0.4': v for m,v in means(at).items()})
-        if means(r)['mIoU']>best[0]: best = means(r)['mIoU'], k, dict(how, affinity=other) if k.endswith('frozen ViT') else how
-    show_seeds(score, next(f for f,(k,_) in folders.items() if k==best[1]), n=8).savefig(a.out/f'{name}.png', bbox_inches='tight')   # photos: to look at, not to publish
+        log('gpu: seeds', f'{name}: {k}', a.photos('train'), **both(r), background=r.best_threshold, **{f'{m} at background 0.4': v for m,v in both(at).items()})
+        if both(r)['mIoU']>best[0]: best = both(r)['mIoU'], k, dict(how, affinity=other) if k.endswith('frozen ViT') else how
+    show_seeds(score, next(f for f,(k,_) in folders.items() if k==best[1]), n=8).savefig(a.out/f'{folder_of(name)}.png', bbox_inches='tight')   # photos: to look at, not to publish
     log('gpu: seeds', f'{name}: all kinds', a.photos('train'), **{'photos/s of seeds, all own kinds': len(score)/took})
     return best[1:], views
 
 def chain(a, log, name, model, best, views, data):
     "Pseudo masks and a segmentation network from the best kind of maps, background 0.4"
-    (kind, how), (aug, score, val), out = best, data, a.out/f'{name}_chain'; begin = time.time()
-    extract_seeds(model, aug, out/'seeds', **how, **views); made = make_crf_masks(out/'seeds', aug, out/'masks', background=.4, crf='auto', workers=a.workers or 1)
-    log('gpu: chain', f'{name}: masks from {kind}', a.photos('train'), **means(score_masks(out/'masks', score)), seconds=time.time()-begin); begin = time.time()
-    tiny = dict(epochs=1, crop=64, width=16, batch_size=4) if a.dry else {}
-    deeplab = train_segment(out/'masks', aug, out/'deeplab', device=a.device, pretrained=packaged_weights('tf_efficientnet_lite0'), log=lambda _: None, workers=a.workers, **DEEPLAB | tiny)
+    (kind, how), (aug, score, val), out = best, data, a.out/f'{folder_of(name)}_chain'; begin = time.time()
+    extract_seeds(model, aug, out/'seeds', **how, **views); make_crf_masks(out/'seeds', aug, out/'masks', background=.4, crf='auto', workers=a.workers or 1)
+    log('gpu: chain', f'{name}: masks from {kind}', a.photos('train'), **both(score_masks(out/'masks', score)), seconds=time.time()-begin); begin = time.time()
+    net = FROZEN_RECIPE['segment'] | dict(pretrained=packaged_weights('tf_efficientnet_lite0')) | (dict(epochs=1, crop=64, width=16, batch_size=4) if a.dry else {})
+    deeplab = train_segment(out/'masks', aug, out/'deeplab', device=a.device, log=lambda _: None, workers=a.workers, **net)
     ways = {'': None, ', CRF': 'auto'}; folders = {w: out/f'val{w[2:]}' for w in ways}
     segment_kinds(deeplab, val, {folders[w]: crf for w,crf in ways.items()}, scales=(1,) if a.dry else (.75, 1, 1.25), flip=not a.dry, device=a.device, workers=a.workers or 1)
-    for w in ways: log('gpu: chain', f'{name}: segmentation{w}', a.photos('val'), **means(score_masks(folders[w], val)), seconds=time.time()-begin)
+    for w in ways: log('gpu: chain', f'{name}: segmentation{w}', a.photos('val'), **both(score_masks(folders[w], val)), seconds=time.time()-begin)
 
 def networks(a, log):
     "One classifier after another, each with its seeds; then the second half from the best maps of the last"
     data = aug, score, val = tuple(splits(a))
     for name in a.networks:
-        how = dict(image_size=224, batch_size=64, epochs=a.epochs, aug='reference', valid_aug='squash') | NETWORKS[name]
-        how |= dict(image_size=96, batch_size=6, epochs=1, per_step=True) if a.dry else {}; short = name.replace(', ', '_').replace(' ', '_'); begin = time.time()
-        run = train_classifier(aug, val, out=a.out/short, backbone=a.backbone, pretrained=a.weights or False, device=a.device, workers=a.workers, cache=True, amp='bf16' if a.device.startswith('cuda') else 'off', log=lambda _: None, **how)
+        how = dict(image_size=224, batch_size=64, epochs=a.epochs, aug='reference', valid_aug='squash') | NETWORKS[name] | dict(backbone=a.backbone)
+        how |= dict(image_size=96, batch_size=6, epochs=1, per_step=True) if a.dry else {}; begin = time.time()
+        run = train_classifier(aug, val, out=a.out/folder_of(name), pretrained=a.weights or False, device=a.device, workers=a.workers, cache=True, amp='bf16' if a.device.startswith('cuda') else 'off', log=lambda _: None, **how)
         took, model = time.time()-begin, load_run(run)[0]; row = pd.read_csv(run/'history.csv').iloc[-1]
         log('gpu: training', name, a.photos('trainaug'), **{'mAP of val': row.map_cls, 'seconds': took, 'photos/s': len(aug)*how['epochs']/took})
-        best, views = seeds_of(a, log, short, model, score)
-    if a.chain: chain(a, log, short, model, best, views, data)
+        best, views = seeds_of(a, log, name, model, score)
+    if a.chain: chain(a, log, name, model, best, views, data)
 
 def train(a, log):
     "The networks side by side, because photos are prepared by processors and one network does not fill a GPU; each job has a log of its own"
     me = [sys.executable, __file__, '--data', a.data, '--backbone', a.backbone, '--device', a.device, '--out', str(a.out), '--epochs', str(a.epochs), '--workers', str(a.workers//4), *(['--weights', a.weights] if a.weights else []), *(['--dry'] if a.dry else [])]
-    jobs = {n.replace(', ', '_').replace(' ', '_'): [*me, '--parts', 'networks', '--networks', n, *(['--chain'] if n=='v2' else [])] for n in NETWORKS}   # the paper's second half from V2's maps alone: its CRF takes all processors for a minute
+    jobs = {folder_of(n): [*me, '--parts', 'networks', '--networks', n, *(['--chain'] if n=='v2' else [])] for n in NETWORKS}   # the paper's second half from V2's maps alone: its CRF takes all processors for a minute
     if a.masks and not a.dry: jobs['decoders'] = [sys.executable, str(ROOT/'experiments/beyond_photos.py'), '--data', a.data, '--chain', a.masks, '--parts', 'decoders', '--backbone', a.backbone, '--weights', a.weights, '--device', a.device, '--steps', str(a.steps), '--out', str(a.out/'decoders')]
     if not a.dry: jobs['cells'] = [*me, '--parts', 'cells']
     a.out.mkdir(parents=True, exist_ok=True); files = {k: a.out/f'{k}.json' for k in jobs}
