@@ -19,6 +19,7 @@ from .core import atomic_path, need, overlay, save_mask, write_json
 from .datasets import Dataset
 from .photos import find_photos, read_photo, read_photo_size
 from .stage import Output, Work, run_stage
+from .training_files import first_few
 
 # %% ../nbs/05a_photo_masks.ipynb #phomsk06
 def photo_files(
@@ -37,10 +38,14 @@ def photo_files(
 
 # %% ../nbs/05a_photo_masks.ipynb #phomsk08
 def photo_dataset(
-    photos:str|Path|list, # folder (searched with its subfolders), file, or several of them
+    photos:str|Path|list|Dataset, # folder (searched with its subfolders), file, several of them; or a data set
     classes:list=(), # names of the model's classes
-) -> Dataset: # no labels, no masks; the id of a photo is its name without suffix
+) -> Dataset: # no labels, no masks; the id of a photo is its name without suffix. A data set of these classes stays
     "Any photos as a data set; what cannot be read is named in `bad`. Raises `DataError` if there are none."
+    if isinstance(photos, Dataset):
+        differ = f'has the classes {first_few(photos.classes, 3)}, the network {first_few(classes, 3)}'
+        need(not classes or list(photos.classes)==list(classes), photos.name, differ, 'Use its own data')
+        return photos
     one, bad = isinstance(photos, (str, Path)), []
     there = not one or Path(photos).exists()
     need(there, photos, 'there is no such file or folder', 'Give photos, a folder of them, or a data set as KIND:PATH')

@@ -20,11 +20,12 @@ from .core import atomic_path, need, read_json
 from .crf import SEG_CRF, refinement
 from .datasets import Dataset
 from .deeplab_net import SEGMENT_KINDS
+from .fused_cnn import ready
 from .ranks import local_device
 from .runs import load_run, plain, split_options, weights_digest
 from .seeds import batch_maps, maps_to_photo
 from .photo_masks import photo_dataset, photo_source
-from .segment import MaskFolder, SegmentViews, find_by_network, ready
+from .segment import MaskFolder, SegmentViews, find_by_network
 from .stage import attempt
 from .views import input_spec, to_input
 

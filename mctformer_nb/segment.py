@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'window_slices', 'view_logits', 'SegmentViews', 'scaled_view', 'class_probs', 'present_classes', 'segment',
-           'MaskFolder', 'find_by_network', 'fold_norms', 'ready', 'segment_kinds', 'segment_dataset', 'show_masks']
+           'MaskFolder', 'find_by_network', 'segment_kinds', 'segment_dataset', 'show_masks']
 
 # %% ../nbs/42_segment.ipynb #9ac4c685
-import copy, importlib
+import importlib
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,10 @@ from .core import need, open_mask, overlay
 from .crf import SEG_CRF, dense_crf, refined_mask, refinement
 from .datasets import Dataset
 from .deeplab_net import load_segment, show_pictures
+from .fused_cnn import ready
 from .photo_masks import PhotoMasks, fill_folders, photo_dataset, photo_source
 from .ranks import local_device
 from .runs import plain, split_options, weights_digest
-from .training_files import first_few
 from .views import InputSpec, input_spec, rgb_tensor
 
 # %% ../nbs/42_segment.ipynb #5c8b773b
@@ -161,38 +161,6 @@ def find_by_network(
     labels, rows = present_classes(probs)
     return dict(labels=labels, rows=rows, scores=dict(zip(names, probs[1:].amax((1, 2)).tolist())))
 
-# %% ../nbs/42_segment.ipynb #f01dn001
-@torch.no_grad()
-def fold_norms(
-    net:torch.nn.Module, # in eval mode; changed in place
-) -> torch.nn.Module: # the same
-    "Convolutions take over the BatchNorm that is registered behind them"
-    for parent in list(net.modules()):
-        parts = list(parent.named_children())
-        for (_, conv), (name, norm) in zip(parts, parts[1:]):
-            var = getattr(norm, 'running_var', None)
-            if not isinstance(conv, nn.Conv2d) or var is None or len(var)!=conv.out_channels: continue
-            scale = norm.weight*(var+norm.eps).rsqrt()                                                # (D,)
-            shift = norm.bias - norm.running_mean*scale                                               # (D,)
-            conv.weight = nn.Parameter(conv.weight*scale[:, None, None, None])                        # (D,D',k,k)
-            conv.bias = nn.Parameter(shift if conv.bias is None else conv.bias*scale + shift)
-            rest = [getattr(norm, n) for n in ('drop', 'act') if isinstance(getattr(norm, n, None), nn.Module)]
-            setattr(parent, name, nn.Sequential(*rest))
-    return net
-
-# %% ../nbs/42_segment.ipynb #f01dn002
-@torch.no_grad()
-def ready(
-    net:torch.nn.Module, # x -> logits, in eval mode; a classifier stays as it is
-) -> torch.nn.Module: # on a CPU a copy that computes the same, faster; else itself
-    "A network prepared to look at many photos"
-    p = next(net.parameters())
-    if p.device.type!='cpu' or hasattr(net, 'variant'): return net
-    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(p.dtype)
-    fast, want = fold_norms(copy.deepcopy(net)), net(x)
-    same = (fast(x)-want).abs().max() <= 1e-4*want.abs().max()
-    return (fast if same else copy.deepcopy(net)).to(memory_format=torch.channels_last)
-
 # %% ../nbs/42_segment.ipynb #965a25f2
 def segment_kinds(
     run:str|Path|tuple, # run folder of a segmentation network, or (network, class names)
@@ -209,10 +177,8 @@ def segment_kinds(
     views = SegmentViews(scales, flip, **views).check()
     net, cfg = (run[0], dict(classes=run[1])) if isinstance(run, tuple) else load_segment(run)
     names, views = list(cfg['classes']), replace(views, image_size=views.image_size or cfg.get('image_size'))
-    ds = ds if isinstance(ds, Dataset) else photo_dataset(ds, names)
     need(not hasattr(net, 'variant'), 'run', 'is an MCTformer', 'Give a segmentation network; mct_predict takes both')
-    differ = f'has the classes {first_few(ds.classes, 3)}, the network {first_few(names, 3)}'
-    need(list(ds.classes)==names, ds.name, differ, 'Use its own data')
+    ds = photo_dataset(ds, names)
     ways, extras = {f: refinement(crf, SEG_CRF) for f,crf in wanted.items()}, ('overlays',)*bool(overlays)
     note = dict(vars(views), classes=names, model=weights_digest(net))
     folders = [MaskFolder(f, note | dict(crf=plain(w)), '_segment.json', crf=w, extras=extras) for f,w in ways.items()]

@@ -220,9 +220,9 @@ def self_trained_seeds(
     settings = self_training_settings(model, ds, other, how)
     cells = Output(out/'_cells', settings, '_cells.json', what='cells')
     seeds = Output(out, settings, '_seeds.json', what='seeds')
-    model.to(local_device(how.device), memory_format=torch.channels_last)
+    fast = model.to(local_device(how.device), memory_format=torch.channels_last).ready()
     def read(id): return ds.image(id), ds.labels(id)
-    def know(photos): return [(classes, photo_cells(model, image, classes, other, how)) for image,classes in photos]
+    def know(photos): return [(classes, photo_cells(fast, image, classes, other, how)) for image,classes in photos]
     def keep(path, known):
         with atomic_path(path) as p, open(p, 'wb') as f: np.savez(f, classes=known[0], **known[1])
     load = lambda id: read_arrays(cells.path(id), ('classes', 'maps', 'features', 'affinity'), 'cells', 'mct_seeds')

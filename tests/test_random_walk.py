@@ -180,7 +180,7 @@ def test_settings_are_not_mixed(data, tmp_path):
     (seeds/'_seeds.json').write_text(json.dumps(dict(layers=3)))                # the seeds were written anew
     with pytest.raises(DataError, match='seeds was'): make_masks(seeds, by_brightness, ds, out)
     assert contents(out) == before
-    r = make_masks(seeds, by_brightness, ds, out, alpha=4, overwrite=True); assert r.written == 20 and contents(out) != before
+    r = make_masks(seeds, by_brightness, ds, out, alpha=4, overwrite=True); assert (r.written, r.bad) == (20, []) and contents(out) != before
     (tmp_path/'alien').mkdir(); save_mask(tmp_path/'alien/p00.png', np.zeros((2, 2), np.uint8))
     with pytest.raises(DataError, match='_masks.json'): make_masks(seeds, by_brightness, ds, tmp_path/'alien')
 
