@@ -72,12 +72,13 @@ def attend_rows(
     scale:float,  # factor on q.k before the softmax
     sums:list=(), # matrices (B,N,N), float32, to which the head-mean attention is added
     top:int=0,    # how many first rows of the head mean to return, C for the class tokens'
-    rows:int=128, # rows a block
+    rows:int=None, # rows a block; default 128, and more where 4 MB hold them
 ) -> tuple:       # attention times values (B,H,N,d), and the first rows (B,top,N), float32
     "Eq. 1 times the values by blocks of rows, the head-mean attention added up on the way"
     (B, H, N, d), t = q.shape, torch.promote_types(q.dtype, torch.float32)
     q3, k3, v3 = (x.to(t).reshape(B*H, N, d) for x in (q, k, v))            # (B,H,N,d) -> (B*H,N,d)
-    out, first, kt, rows = torch.empty_like(q3), q3.new_empty(B, top, N), (k3*scale).transpose(1, 2), min(rows, N)
+    out, first, kt = torch.empty_like(q3), q3.new_empty(B, top, N), (k3*scale).transpose(1, 2)
+    rows = min(rows or max(128, 2**20//(H*N)), N)
     group = min(B, max(1, 2**19//(H*N*rows)))                               # images a block
     probs, means = q3.new_empty(group*H*rows*N), q3.new_empty(group*rows*N)
     with torch.autocast(q.device.type, enabled=False):

@@ -74,8 +74,8 @@ def unit(
 @dataclass
 class SelfTraining:
     "How cells teach each other"
-    low:float=.3 # a cell is background where no map reaches this
-    high:float=.6 # and shows a class whose map passes this
+    low:float=.2 # a cell is background where no map reaches this
+    high:float=.8 # and shows a class whose map passes this
     epochs:int=None # over the photos; default 1,800 photos in all, at least 4 epochs
     lr:float=3e-3 # AdamW, one cycle
     weight_decay:float=.01 # of the classifier
@@ -136,8 +136,8 @@ def photo_cells(
 def cell_labels(
     maps:np.ndarray, # (k,h,w) in [0,1] of one photo
     classes:np.ndarray, # (k,) their class indices
-    low:float=.3, # background where no map reaches this
-    high:float=.6, # a class from here on
+    low:float=.2, # background where no map reaches this
+    high:float=.8, # a class from here on
 ) -> np.ndarray: # int64 (h,w): 0 background, class index + 1, -100 unknown
     "What cells certainly show; all background where there is no class"
     if not len(classes): return np.zeros(maps.shape[1:], np.int64)
