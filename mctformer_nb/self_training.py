@@ -8,7 +8,7 @@ __all__ = ['tokens_and_affinity', 'cosine_affinity', 'frozen_stages', 'unit', 'S
 
 # %% ../nbs/25_self_training.ipynb #b18b1ebd
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import AttrDict
@@ -74,8 +74,8 @@ def unit(
 @dataclass
 class SelfTraining:
     "How cells teach each other"
-    low:float=.2 # a cell is background where no map reaches this
-    high:float=.8 # and shows a class whose map passes this
+    low:float=None # a cell is background where no map reaches this; default .3 with a transformer, .2 for the CNN alone
+    high:float=.6 # and shows a class whose map passes this
     epochs:int=None # over the photos; default 1,800 photos in all, at least 4 epochs
     lr:float=3e-3 # AdamW, one cycle
     weight_decay:float=.01 # of the classifier
@@ -136,8 +136,8 @@ def photo_cells(
 def cell_labels(
     maps:np.ndarray, # (k,h,w) in [0,1] of one photo
     classes:np.ndarray, # (k,) their class indices
-    low:float=.2, # background where no map reaches this
-    high:float=.8, # a class from here on
+    low:float=.3, # background where no map reaches this
+    high:float=.6, # a class from here on
 ) -> np.ndarray: # int64 (h,w): 0 background, class index + 1, -100 unknown
     "What cells certainly show; all background where there is no class"
     if not len(classes): return np.zeros(maps.shape[1:], np.int64)
@@ -214,6 +214,7 @@ def self_trained_seeds(
 ) -> AttrDict: # folder; written, skipped, empty: counts; bad: [(id, problem)]; seconds
     "Write one seed file an image: existing ones are skipped, unreadable photos listed. Raises `DataError`."
     how, out, C = SelfTraining(**split_options(options, SelfTraining)[0]), Path(out), len(ds.classes)
+    if how.low is None: how = replace(how, low=.3 if other else .2)
     need(isinstance(model, FrozenCAM), 'self-training', 'needs the run of a frozen network',
          'Train with mct_train --recipe frozen')
     check_data(model, ds)
