@@ -72,13 +72,12 @@ def attend_rows(
     scale:float,  # factor on q.k before the softmax
     sums:list=(), # matrices (B,N,N), float32, to which the head-mean attention is added
     top:int=0,    # how many first rows of the head mean to return, C for the class tokens'
-    rows:int=None, # rows a block; default 128, and more where 4 MB hold them
+    rows:int=128, # rows a block
 ) -> tuple:       # attention times values (B,H,N,d), and the first rows (B,top,N), float32
     "Eq. 1 times the values by blocks of rows, the head-mean attention added up on the way"
     (B, H, N, d), t = q.shape, torch.promote_types(q.dtype, torch.float32)
     q3, k3, v3 = (x.to(t).reshape(B*H, N, d) for x in (q, k, v))            # (B,H,N,d) -> (B*H,N,d)
-    out, first, kt = torch.empty_like(q3), q3.new_empty(B, top, N), (k3*scale).transpose(1, 2)
-    rows = min(rows or max(128, 2**20//(H*N)), N)
+    out, first, kt, rows = torch.empty_like(q3), q3.new_empty(B, top, N), (k3*scale).transpose(1, 2), min(rows, N)
     group = min(B, max(1, 2**19//(H*N*rows)))                               # images a block
     probs, means = q3.new_empty(group*H*rows*N), q3.new_empty(group*rows*N)
     with torch.autocast(q.device.type, enabled=False):
@@ -107,9 +106,10 @@ class AttentionSums(TorchFunctionMode):
         l, self.layer = self.layer, self.layer+1
         mine = [g for g in self.groups if l in g]
         if not mine and l not in self.layers: return func(*args, **kwargs or {})
-        q, (B, _, N, d), t = args[0], args[0].shape, torch.promote_types(args[0].dtype, torch.float32)
+        q, (B, H, N, d), t = args[0], args[0].shape, torch.promote_types(args[0].dtype, torch.float32)
         self.totals |= {g: q.new_zeros(B, N, N, dtype=t) for g in mine if g not in self.totals}
-        out, rows = attend_rows(*args[:3], d**-.5, [self.totals[g] for g in mine], self.C)
+        most = max(128, 2**20//(H*N))                                       # rows a block, 4 MB of probabilities
+        out, rows = attend_rows(*args[:3], d**-.5, [self.totals[g] for g in mine], self.C, most)
         if l in self.layers: self.rows[l] = rows[..., self.C:]              # (B,C,N) -> (B,C,M)
         return out
     @property

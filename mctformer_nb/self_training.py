@@ -8,7 +8,7 @@ __all__ = ['tokens_and_affinity', 'cosine_affinity', 'frozen_stages', 'unit', 'S
 
 # %% ../nbs/25_self_training.ipynb #b18b1ebd
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import AttrDict
@@ -74,7 +74,7 @@ def unit(
 @dataclass
 class SelfTraining:
     "How cells teach each other"
-    low:float=None # a cell is background where no map reaches this; default .3 with a transformer, .2 for the CNN alone
+    low:float=.3 # a cell is background where no map reaches this; `self_trained_seeds` has .2 for the CNN alone
     high:float=.6 # and shows a class whose map passes this
     epochs:int=None # over the photos; default 1,800 photos in all, at least 4 epochs
     lr:float=3e-3 # AdamW, one cycle
@@ -213,8 +213,7 @@ def self_trained_seeds(
     **options, # of `SelfTraining`
 ) -> AttrDict: # folder; written, skipped, empty: counts; bad: [(id, problem)]; seconds
     "Write one seed file an image: existing ones are skipped, unreadable photos listed. Raises `DataError`."
-    how, out, C = SelfTraining(**split_options(options, SelfTraining)[0]), Path(out), len(ds.classes)
-    if how.low is None: how = replace(how, low=.3 if other else .2)
+    how, out = SelfTraining(**dict(low=.3 if other else .2) | split_options(options, SelfTraining)[0]), Path(out)
     need(isinstance(model, FrozenCAM), 'self-training', 'needs the run of a frozen network',
          'Train with mct_train --recipe frozen')
     check_data(model, ds)
@@ -234,7 +233,7 @@ def self_trained_seeds(
     def learn(i):
         classes, maps, features, _ = load(ids[i])
         return features, cell_labels(maps.astype(np.float32), classes, how.low, how.high)     # 2: labels
-    layer = train_cells(learn, len(ids), C, how) if ids else None                             # 3: classifier
+    layer = train_cells(learn, len(ids), len(ds.classes), how) if ids else None               # 3: classifier
     def speak(id):
         classes, _, features, A = load(id)
         A, p = torch.from_numpy(A).float(), cell_probs(layer, features, classes)
