@@ -213,7 +213,7 @@ def self_trained_seeds(
     **options, # of `SelfTraining`
 ) -> AttrDict: # folder; written, skipped, empty: counts; bad: [(id, problem)]; seconds
     "Write one seed file an image: existing ones are skipped, unreadable photos listed. Raises `DataError`."
-    how, out = SelfTraining(**dict(low=.3 if other else .2) | split_options(options, SelfTraining)[0]), Path(out)
+    how, out = SelfTraining(**split_options(dict(low=.3 if other else .2) | options, SelfTraining)[0]), Path(out)
     need(isinstance(model, FrozenCAM), 'self-training', 'needs the run of a frozen network',
          'Train with mct_train --recipe frozen')
     check_data(model, ds)
