@@ -225,6 +225,6 @@ def show_masks(
 
 # %% ../nbs/42_segment.ipynb #m0v3d001
 def __getattr__(name):
-    homes = dict(predict_photos='predict', class_scores='predict', voc_archive='voc_server')
+    homes = dict(predict_photos='predict', class_scores='predict', voc_archive='voc_server', fold_norms='fused_cnn')
     if name not in homes: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     return getattr(importlib.import_module(f'mctformer_nb.{homes[name]}'), name)
