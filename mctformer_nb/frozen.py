@@ -17,7 +17,7 @@ from sklearn.metrics import average_precision_score
 from torch import nn
 from .core import DataError, atomic_path, folder_lock, need, read_json
 from .datasets import Dataset
-from .fused_cnn import ready
+from .fused_cnn import onednn_bf16, ready
 from .mctformer import MCTOutput, VARIANTS
 from .ranks import local_device
 from .runs import packaged_weights, plain, read_state_dict, save_run, strip_prefix, weights_digest
@@ -71,7 +71,7 @@ def frozen_precision(
     need(precision in ('auto', 'float32', 'bf16'), f'precision {precision!r}', 'unknown',
          "Use 'auto', 'float32' or 'bf16'")
     if precision != 'auto': return precision
-    return 'bf16' if str(device) != 'cpu' or torch.cpu._is_avx512_bf16_supported() else 'float32'
+    return 'bf16' if str(device) != 'cpu' or onednn_bf16() else 'float32'
 
 # %% ../nbs/16_frozen.ipynb #5146bc95
 def at_bits(
