@@ -123,7 +123,7 @@ _NET = dict(backbone='mct_tiny_patch8_96', pretrained=True, crop=96)
 DEMO_SECOND = dict( # options of `train_affinity`, `make_masks`, `train_segment`, `segment_dataset`
     affinity=dict(_NET, recipe='momentum', batch_size=4, epochs=3, lr=.1, lr_mult={'backbone': 0}),
     walk=dict(background=.25, stride=4, steps=4, crf=LABEL_CRF),
-    train=dict(_NET, batch_size=16, epochs=5, optimizer='adamw', lr=6e-4, head_mult=4, dilation=2, cache=True),
+    train=dict(_NET, batch_size=16, epochs=6, optimizer='adamw', lr=6e-4, head_mult=4, dilation=2, cache=True),
     infer=dict(scales=(1,), flip=True))
 
 # %% ../nbs/52_demo.ipynb #f92433d0
