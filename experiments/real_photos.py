@@ -28,7 +28,7 @@ class Log:
     def __init__(self, a): self.a, self.kind = a, 'affinity of a ViT fine-tuned for saliency' if a.affinity else 'CNN alone'
     def __call__(self, stage, r, split, seconds=None, **extra):
         some = float(np.mean([v['iou'] for k,v in r.per_class.items() if k in ('background', *ANIMALS) and v['iou'] is not None]))
-        command = 'python experiments/real_photos.py' + (f' --affinity {self.a.affinity}' if self.a.affinity else '') + ' --walk'*self.a.walk + (f' --affinity-epochs {self.a.affinity_epochs}' if self.a.affinity_epochs else '') + (f' --steps {self.a.steps} ' + (f'--alpha {self.a.alpha:g}' if self.a.alpha else f'--background {self.a.background:g}'))*self.a.walk
+        command = 'python experiments/real_photos.py' + (f' --affinity {self.a.affinity}' if self.a.affinity else '') + ' --walk'*self.a.walk + (f' --affinity-epochs {self.a.affinity_epochs}' if self.a.affinity_epochs else '') + f' --steps {self.a.steps} --background {self.a.background:g}'*self.a.walk
         common = dict(command=command, seed=0, images=r.n_images, **extra, **({} if seconds is None else dict(seconds=round(seconds))))
         occur = float(np.mean([v['iou'] for v in r.per_class.values() if v['iou']>0 or v['fn']>0]))       # a class without a pixel in the truth has only false positives
         values = {'mIoU': r.get('best_miou', r.get('miou')), 'mIoU of background and six classes': some, 'mIoU of classes that occur': occur}
@@ -47,10 +47,10 @@ def mistakes(r, aug, command, kind):
 def walked(a, aug, wanted):
     "Masks of the wanted photos by an AffinityNet that learns from what the CRF is sure of, and its random walk"
     crf_labels(a.out/'seeds', aug, a.out/'labels', workers=a.workers)
-    options = dict(FROZEN_RECIPE['affinity'], recipe=FROZEN_RECIPE['affinity']['fit']); options.pop('fit'); options |= dict(epochs=a.affinity_epochs or options['epochs'], amp=a.amp); options['pretrained'] = packaged_weights(options['backbone'])
+    options = dict(FROZEN_RECIPE['affinity'], recipe=FROZEN_RECIPE['affinity']['fit']); options.pop('fit'); options |= dict(epochs=a.affinity_epochs or options['epochs']); options['pretrained'] = packaged_weights(options['backbone'])
     net = load_affinity(train_affinity(a.out/'labels', aug, a.out/'affinity', **options))[0]
-    out = a.out/f'walked_{a.steps}_{f"alpha{a.alpha:g}" if a.alpha else f"{a.background:g}"}'
-    make_masks(a.out/'seeds', net, wanted, out, background=a.background, alpha=a.alpha, steps=a.steps)
+    out = a.out/f'walked_{a.steps}_{a.background:g}'
+    make_masks(a.out/'seeds', net, wanted, out, background=a.background, steps=a.steps)
     return out
 
 def main(a):
@@ -64,14 +64,14 @@ def main(a):
     r = sweep_threshold(out/'seeds', train); log('seeds at the best background of train', r, 'train', background=r.best_threshold); start = time.time()
     if a.walk: masks = walked(a, aug, train if a.stop=='masks' else aug)
     else: masks = out/'masks'; make_crf_masks(out/'seeds', aug, masks, workers=a.workers)
-    name = f', AffinityNet and walk of {a.steps} steps, background {f"(1-max)^{a.alpha:g}" if a.alpha else f"{a.background:g}"}' if a.walk else ''
+    name = f', AffinityNet and walk of {a.steps} steps, background {a.background:g}' if a.walk else ''
     r = score_masks(masks, train); log(f'pseudo masks{name}', r, 'train', time.time()-start); print(score_table(r, classes=ANIMALS), flush=True)
     if a.stop=='masks': return
     from mctformer_nb.deeplab import train_segment
     from mctformer_nb.segment import segment_kinds
     start, options = time.time(), dict(FROZEN_RECIPE['segment'], epochs=a.epochs, amp=a.amp)
-    run = a.deeplab or train_segment(masks, aug, out/f'deeplab{f"_{masks.name}" if a.walk else ""}', **options | dict(pretrained=packaged_weights(options['backbone'])))
-    ways = {'without CRF': None, 'with CRF': 'auto'}; folders = {way: out/f'val_{way.split()[0]}{f"_{masks.name}" if a.walk else ""}' for way in ways}
+    run = a.deeplab or train_segment(masks, aug, out/f'deeplab{"_walked" if a.walk else ""}', **options | dict(pretrained=packaged_weights(options['backbone'])))
+    ways = {'without CRF': None, 'with CRF': 'auto'}; folders = {way: out/f'val_{way.split()[0]}{"_walked" if a.walk else ""}' for way in ways}
     segment_kinds(run, val, {folders[way]: crf for way,crf in ways.items()}, scales=(.75, 1, 1.25), flip=True, workers=a.workers); took = time.time()-start   # one look for both
     for way,crf in ways.items():
         r = score_masks(folders[way], val); log(f'segmentation, {way}{name}', r, 'val', took)
@@ -81,6 +81,6 @@ def main(a):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); A = p.add_argument
     A('--data', required=True); A('--affinity'); A('--affinity-weights'); A('--out', type=Path, default=Path('runs/real_photos')); A('--epochs', type=int, default=20)
-    A('--amp', default='bf16', help='of the trainings of AffinityNet and DeepLab'); A('--workers', type=int); A('--stop', choices=['masks']); A('--json', type=Path)
-    A('--walk', action='store_true', help='masks by AffinityNet and random walk'); A('--steps', type=int, default=26, help='of the walk: 64 of the paper, for photos of 320 instead of 500 pixels, so with 0.41 of the cells'); A('--background', type=float, default=.4, help='of the walk'); A('--alpha', type=float, help='of the walk: the background is (1-max)^alpha instead, PSA has 16'); A('--affinity-epochs', type=int, help='of AffinityNet, default those of the recipe'); A('--deeplab', type=Path, help='a segmentation network that is trained already, such as that of train_packaged.py')
+    A('--amp', default='bf16', help='of the segmentation training'); A('--workers', type=int); A('--stop', choices=['masks']); A('--json', type=Path)
+    A('--walk', action='store_true', help='masks by AffinityNet and random walk'); A('--steps', type=int, default=26, help='of the walk: 64 of the paper, for photos of 320 instead of 500 pixels, so with 0.41 of the cells'); A('--background', type=float, default=.4, help='of the walk'); A('--affinity-epochs', type=int, help='of AffinityNet, default those of the recipe'); A('--deeplab', type=Path, help='a segmentation network that is trained already, such as that of train_packaged.py')
     main(p.parse_args())

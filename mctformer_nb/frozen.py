@@ -121,10 +121,10 @@ class FrozenCAM(nn.Module):
                     score='avg', patch_size=self.patch_size, reference=None)
     def train(self, mode=True): return super().train(False)       # nothing in it changes while others learn
     def ready(self):
-        "A copy for many photos: the same answers, faster on a processor"
-        fast = copy.deepcopy(self)
-        fast.net = ready(fast.net)
-        return fast
+        "A twin for many photos: the same answers, faster on a processor"
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules, net=ready(self.net))
+        return twin
     # (B,C,h,w) -> (B,C)
     def forward(self, x): return MCTOutput(self.head(frozen_features(self.net, x)).mean((-2, -1)), None)
     @torch.no_grad()
@@ -150,7 +150,7 @@ def pooled_features(
     "Mean features of every photo and its mirror image. Raises `DataError` if no photo can be read."
     device, spec = local_device(device), net.input_spec
     bits = frozen_precision(precision, device)
-    fast = ready(net.to(device))
+    fast = ready(net.to(device, memory_format=torch.channels_last))
     def read(id): return spec.normalise(rgb_tensor(ds.image(id).resize((image_size, image_size), 3)))         # bicubic
     def compute(photos):
         x = torch.stack(photos).to(device)                                                                 # (B,3,s,s)

@@ -123,8 +123,8 @@ def add_kept(
     if len(kept) == len(t): return t + branch(t)/keep
     none = not len(kept)                                           # one for nothing: every weight has its gradient
     some = kept.new_zeros(1) if none else kept
-    kept = branch(t[some]).to(t.dtype)                             # 32 bits also under autocast
-    return t.index_add(0, some, kept, alpha=0. if none else 1/keep)
+    added = branch(t[some]).to(t.dtype)                            # 32 bits also under autocast
+    return t.index_add(0, some, added, alpha=0. if none else 1/keep)
 
 # %% ../nbs/11_mctformer.ipynb #5k1p0003
 def block_of_kept(
