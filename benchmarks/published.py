@@ -162,7 +162,7 @@ def frozen(a, report, code, side):
         g = by_turns(dict(full=full, ours=lambda: train_frozen(ds, out=f'{d}/{next(turn)}', device='cpu', log=lambda _: None)), a.repeats, warm=full)
     rates = [n/statistics.median(g[k]['cpu']) for k,n in (('full', few), ('ours', count))]; each = sorted(f/few/(o/count) for f,o in zip(g['full']['cpu'], g['ours']['cpu']))
     report.add(f'frozen recipe beside full training, {threads()}', {'times faster': statistics.median(each), 'times faster, least': each[0], 'times faster, most': each[-1], 'images/s plain': rates[0], 'images/s': rates[1], 'passes over the photos, full training': 60,
-               'times faster, whole recipe': 60*statistics.median(each)}, {'times faster, whole recipe': 10}, bound='memory')
+               'times faster, whole recipe': 60*statistics.median(each)}, {'times faster': 10}, bound='memory')
 
 def main(a):
     assert a.clone or a.quick, 'give the published code: --clone FOLDER'
