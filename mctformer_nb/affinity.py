@@ -13,21 +13,19 @@ from torch import Tensor
 from .core import need
 
 # %% ../nbs/20_affinity.ipynb #ed65712f
-def token_attention(
-    q:Tensor,    # queries of one layer (B,H,N,d), tokens in front of the patches first
-    k:Tensor,    # keys of the same layer (B,H,N,d)
+def token_attention(q:Tensor, # queries of one layer (B,H,N,d), tokens in front of the patches first
+    k:Tensor, # keys of the same layer (B,H,N,d)
     scale:float, # factor on q.k before the softmax (the layer's own, 1/sqrt(d))
-) -> Tensor:     # (B,N,N), float32; every row sums to 1
+) -> Tensor: # (B,N,N), float32; every row sums to 1
     "Token-to-token attention, mean over the heads (Eq. 1)"
     with torch.autocast(q.device.type, enabled=False):
         return (q.float()*scale @ k.float().transpose(-2, -1)).softmax(-1).mean(1) # (B,H,N,N) -> (B,N,N)
 
 # %% ../nbs/20_affinity.ipynb #3a22e107
-def refine_by(
-    affinity:Tensor,   # patches with patches (B,M,M), row = who collects
-    maps:Tensor,       # maps (B,c,h,w) on any grid
-    grid:tuple=None,   # (h,w) of the affinity's patches, h*w = M; default the maps' own, else square
-) -> Tensor:           # (B,c,h,w) on the affinity's grid
+def refine_by(affinity:Tensor, # patches with patches (B,M,M), row = who collects
+    maps:Tensor, # maps (B,c,h,w) on any grid
+    grid:tuple=None, # (h,w) of the affinity's patches, h*w = M; default the maps' own, else square
+) -> Tensor: # (B,c,h,w) on the affinity's grid
     "Eq. 3 and 7: every patch collects from the patches it attends to. Raises `DataError` if the grid cannot be told"
     M, hw = affinity.shape[-1], tuple(maps.shape[-2:])
     grid = tuple(grid or (hw if math.prod(hw) == M else [math.isqrt(M)]*2))
@@ -37,23 +35,21 @@ def refine_by(
         return (maps.flatten(2).to(affinity.dtype) @ affinity.transpose(1, 2)).unflatten(2, grid) # (B,c,M) @ (B,M,M)
 
 # %% ../nbs/20_affinity.ipynb #f0af982f
-def refine_maps(
-    qk:dict,     # layer -> dict(q=, k=), each (B,H,N,d), as `capture_qk` gives it
+def refine_maps(qk:dict, # layer -> dict(q=, k=), each (B,H,N,d), as `capture_qk` gives it
     maps:Tensor, # maps to refine (B,c,h,w)
-    C:int,       # number of tokens in front of the patches (the class tokens)
+    C:int, # number of tokens in front of the patches (the class tokens)
     scales:dict, # layer -> factor on q.k
-) -> Tensor:     # refined maps (B,c,h,w), float32
+) -> Tensor: # refined maps (B,c,h,w), float32
     "Eq. 3 and 7: maps refined by the patch affinity summed over the layers in `qk`, rows not renormalised"
     return refine_by(sum(token_attention(l['q'], l['k'], scales[i])[:, C:, C:] for i,l in qk.items()), maps) # (B,M,M)
 
 # %% ../nbs/20_affinity.ipynb #7e89ed20
-def affinity_rows(
-    q:Tensor,     # queries of one layer (B,H,N,d), class tokens first
-    k:Tensor,     # keys of the same layer (B,H,N,d)
+def affinity_rows(q:Tensor, # queries of one layer (B,H,N,d), class tokens first
+    k:Tensor, # keys of the same layer (B,H,N,d)
     patches:list, # flat indices of the patches whose rows are wanted
-    C:int,        # number of tokens in front of the patches
-    scale:float,  # factor on q.k before the softmax
-) -> Tensor:      # (B,len(patches),M), float32
+    C:int, # number of tokens in front of the patches
+    scale:float, # factor on q.k before the softmax
+) -> Tensor: # (B,len(patches),M), float32
     "Rows of the head-mean patch-to-patch attention (block p2p of Eq. 1), for the chosen patches only"
     rows = q[:, :, [C+i for i in patches]].float()                          # (B,H,r,d)
     return (rows*scale @ k.float().transpose(-2, -1)).softmax(-1)[..., C:].mean(1) # (B,H,r,N) -> (B,r,M)

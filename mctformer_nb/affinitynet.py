@@ -50,8 +50,7 @@ class AffinityNet(nn.Module):
         norm:bool=None, # every cell of a tap to mean 0 and variance 1; default: not on ResNet38 (reference)
         gain:float=None, # of the last layer's start: how much untrained features differ; default 4 on ResNet38, else 1
         border:str='all', # which cells start pairs, see `pair_starts` (reference: 'reference')
-        **backbone_args, # of `DenseBackbone`, e.g. taps
-    ):
+        **backbone_args): # of `DenseBackbone`, e.g. taps
         super().__init__()
         named, psa = isinstance(backbone, str), backbone=='mct_resnet38'
         self.norm, gain = not psa if norm is None else bool(norm), gain or (4 if psa else 1)
@@ -107,8 +106,7 @@ def _cut(a, x, y, crop):
     return F.pad(a[..., y0:y1, x0:x1], (x0-x, x+crop-x1, y0-y, y+crop-y1))
 
 # %% ../nbs/30_affinitynet.ipynb #0ef1c868
-def cut_sample(
-    image:Image.Image, # RGB photo
+def cut_sample(image:Image.Image, # RGB photo
     classes:np.ndarray, # (k,) of its label
     probs:list, # low and high, float16 (k+1,H,W)
     crop:int=448, # pixels, a multiple of `stride` (reference)
@@ -135,8 +133,7 @@ class AffinityCrops(EpochSamples):
         train:bool=True, # random window, mirror image and colours; else the middle of the photo
         seed:int=0, # of everything random
         spec:InputSpec=InputSpec(), # what the network wants its photos to be
-        **options, # stride, jitter, on_bad: see `CropOptions`
-    ):
+        **options): # stride, jitter, on_bad: see `CropOptions`
         self.ds, self.files, self.train, self.spec = ds, list(files.items()), train, spec
         self.how = CropOptions(**split_options(options | dict(crop=crop), CropOptions)[0])
         super().__init__(seed, self.how.on_bad)
@@ -150,8 +147,7 @@ class AffinityCrops(EpochSamples):
         return cut_sample(image, classes, probs, crop, stride, jitter, self.train, self.spec)
 
 # %% ../nbs/30_affinitynet.ipynb #5c9a541e
-def affinity_loaders(
-    ds:Dataset, # photos
+def affinity_loaders(ds:Dataset, # photos
     labels:str|Path, # folder of `<id>.npz` with CRF probabilities
     seed:int=0, # of order and augmentation
     device:str='cpu', # where batches go
@@ -170,8 +166,7 @@ def affinity_loaders(
     return recipe_loaders(crops(False), crops(True) if kept else None, how.batch_size, how.workers, seed, device)
 
 # %% ../nbs/30_affinitynet.ipynb #688aa9a0
-def show_affinity_batch(
-    dls:DataLoaders, # from `affinity_loaders`
+def show_affinity_batch(dls:DataLoaders, # from `affinity_loaders`
     n:int=6, # photos
     epoch:int=0, # whose random numbers
 ) -> Figure:
@@ -193,8 +188,7 @@ class AffinityGap(Metric):
     shared = 'sums',
     def __init__(self,
         offsets:np.ndarray, # (P,2) from `pair_offsets`
-        border:str='all', # which cells start pairs, see `pair_starts`
-    ):
+        border:str='all'): # which cells start pairs, see `pair_starts`
         self.offsets, self.border = offsets, border
         self.reset()
     def reset(self): self.sums = torch.zeros(2, 2, dtype=torch.float64)   # (same, different) x (affinity, pairs)
@@ -211,8 +205,7 @@ class AffinityGap(Metric):
     def name(self): return 'affinity_gap'
 
 # %% ../nbs/30_affinitynet.ipynb #3fea8894
-def freeze_stem(
-    backbone:nn.Module, # changed in place
+def freeze_stem(backbone:nn.Module, # changed in place
     stride:int, # layers up to this stride
 ) -> list: # their names
     "Take the convolutions at up to this stride, and a patch embedding, out of the training"
@@ -240,8 +233,7 @@ class FitOptions:
     amp:str='off' # precision: 'fp16', 'bf16', 'off'; None: fp16 on CUDA, else off
 
 # %% ../nbs/30_affinitynet.ipynb #4926c14d
-def affinity_learner(
-    dls:DataLoaders, # from `affinity_loaders`
+def affinity_learner(dls:DataLoaders, # from `affinity_loaders`
     net:AffinityNet, # moved to the device of `dls`
     **options, # lr, lr_mult, bias_mult, weight_decay, momentum, frozen_stride, power, amp: see `FitOptions`
 ) -> Learner:
@@ -272,8 +264,7 @@ def _build(cfg, backbone):
 _FIELDS = dict(backbone=str, stride=int, radius=(int, float), width=int, norm=bool, backbone_args=dict)
 RUN_KINDS['affinitynet'] = RunKind(_build, _FIELDS, 'mct_affinity')
 
-def save_affinity(
-    net:AffinityNet, # any
+def save_affinity(net:AffinityNet, # any
     folder:str|Path, # run folder, made if needed
     **config, # more to remember: classes (list of names), crop, ...
 ) -> dict: # the configuration written
@@ -281,16 +272,14 @@ def save_affinity(
     return save_run(net, folder, **config)
 
 # %% ../nbs/30_affinitynet.ipynb #f4484cb5
-def load_affinity(
-    folder:str|Path, # run folder written by `save_affinity`
+def load_affinity(folder:str|Path, # run folder written by `save_affinity`
     backbone:nn.Module=None, # only for a backbone of your own
 ) -> tuple: # (network in eval mode, configuration)
     "Rebuild the network of a run folder. Raises `DataError` naming the file."
     return load_run(folder, backbone, kind='affinitynet')
 
 # %% ../nbs/30_affinitynet.ipynb #09a56fcc
-def affinity_options(
-    recipe:str, # of `AFFINITY_RECIPES`
+def affinity_options(recipe:str, # of `AFFINITY_RECIPES`
     options:dict, # {name: value}; they go before the recipe's
 ) -> tuple: # RunOptions; options of `affinity_loaders`, of `affinity_learner`, of `AffinityNet`
     "Options by the function that takes them, with defaults. Raises `DataError` for an unknown one."
@@ -301,8 +290,7 @@ def affinity_options(
     return RunOptions(**run), load, fit, net | {k: v for k,v in more.items() if k in options}
 
 # %% ../nbs/30_affinitynet.ipynb #61c51e68
-def train_affinity(
-    labels:str|Path, # folder of `<id>.npz` with CRF probabilities, from mct_crf_labels
+def train_affinity(labels:str|Path, # folder of `<id>.npz` with CRF probabilities, from mct_crf_labels
     ds:Dataset, # their photos
     out:str|Path='runs/affinity', # run folder
     epochs:int=5, # reference
@@ -329,8 +317,7 @@ def train_affinity(
 
 # %% ../nbs/30_affinitynet.ipynb #f7dd81cf
 @torch.no_grad()
-def predict_affinity(
-    net:AffinityNet, # trained
+def predict_affinity(net:AffinityNet, # trained
     images:Image.Image|list, # one RGB photo, or several
     border:str=None, # which cells start pairs, see `pair_starts`; default as the network was trained
 ) -> torch.Tensor|list: # (P,h,w) on the device of `net`, or a list; h and w are the photo's sides / stride, rounded up
@@ -361,8 +348,7 @@ def _mean_around(affinity, offsets, radius):
     return total/number
 
 # %% ../nbs/30_affinitynet.ipynb #63270402
-def boundary_map(
-    affinity:torch.Tensor, # (P,h,w) from `predict_affinity`
+def boundary_map(affinity:torch.Tensor, # (P,h,w) from `predict_affinity`
     offsets:np.ndarray, # (P,2) that belong to it
     radius:float=2, # neighbours nearer than that count, in cells
 ) -> np.ndarray: # (h,w)
@@ -370,8 +356,7 @@ def boundary_map(
     return 1 - _mean_around(affinity.cpu().numpy(), offsets, radius)
 
 # %% ../nbs/30_affinitynet.ipynb #99e21f1b
-def show_affinity_results(
-    net:AffinityNet, # trained
+def show_affinity_results(net:AffinityNet, # trained
     ds:Dataset, # photos to look at
     items:list=None, # positions or ids, default the first ones
     n:int=4, # photos, if `items` is not given

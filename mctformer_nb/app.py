@@ -21,8 +21,7 @@ from .scores import seed_to_mask
 from .views import input_spec, rgb_tensor, to_input
 
 # %% ../nbs/73_app.ipynb #2e96076b
-def uploaded_photo(
-    path:str|Path, # file that was uploaded
+def uploaded_photo(path:str|Path, # file that was uploaded
     megabytes:float=20, # largest file
     longest:int=640, # longer side to which larger photos are reduced, pixels
 ) -> Image.Image: # RGB, upright
@@ -38,8 +37,7 @@ def uploaded_photo(
 
 # %% ../nbs/73_app.ipynb #7070661e
 @torch.no_grad()
-def look(
-    net:torch.nn.Module, # DeepLab or classifier, in eval mode
+def look(net:torch.nn.Module, # DeepLab or classifier, in eval mode
     names:list, # of its classes
     image:Image.Image, # RGB photo
     layers:int=3, # fused layers, of an MCTformer
@@ -62,8 +60,7 @@ def look(
     return {names[c]: float(scores[c]) for c in order}, classes, maps.numpy()
 
 # %% ../nbs/73_app.ipynb #616885c1
-def pictures(
-    image:Image.Image, # RGB photo
+def pictures(image:Image.Image, # RGB photo
     names:list, # of the classes
     classes:np.ndarray, # (k,) indices
     maps:np.ndarray, # (k,H,W) in [0,1]
@@ -75,8 +72,7 @@ def pictures(
     return overlay(image, mask), [(heat(m), names[c]) for c,m in zip(classes, maps)], mask
 
 # %% ../nbs/73_app.ipynb #37d31df4
-def answer(
-    net:torch.nn.Module, # see `look`
+def answer(net:torch.nn.Module, # see `look`
     names:list, # of its classes
     folder:str|Path, # for masks to download
     error:Callable=DataError, # what to raise for a user's mistake; gradio's shows it on the page
@@ -93,8 +89,7 @@ def answer(
     return run
 
 # %% ../nbs/73_app.ipynb #79fa4adc
-def make_app(
-    run:str|Path|None=None, # run folder; None: the network in the package
+def make_app(run:str|Path|None=None, # run folder; None: the network in the package
     folder:str|Path=None, # for masks to download; default a temporary one
 ) -> object: # gradio's Blocks, to `launch`
     "The page. Raises `DataError` without gradio."
@@ -120,8 +115,7 @@ def make_app(
     return page
 
 # %% ../nbs/73_app.ipynb #84cd5605
-def run_app(
-    run:str|Path=None, # run folder; None: the network in the package
+def run_app(run:str|Path=None, # run folder; None: the network in the package
     host:str='127.0.0.1', # address: this computer only; '0.0.0.0' lets others in
     port:int=7860, # of the page
     **options, # of gradio's `launch`: prevent_thread_lock, quiet, ...

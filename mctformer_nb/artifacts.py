@@ -15,8 +15,7 @@ from .compact import compact_seed, compact_seeds
 from .core import DataError, atomic_path, need, read_arrays, read_json
 
 # %% ../nbs/04_artifacts.ipynb #9dafcd33
-def check_maps(
-    path:str|Path, # the file, for the message
+def check_maps(path:str|Path, # the file, for the message
     classes:np.ndarray, # int64 (k,), 0-based class indices, background not counted
     *stacks:np.ndarray, # float16 (k+rows,H,W) each
     rows:int=0, # rows in front of those of the classes: 1 for a background
@@ -37,26 +36,22 @@ def check_maps(
     return classes, *stacks
 
 # %% ../nbs/04_artifacts.ipynb #0582ede8
-def save_seed(
-    path:str|Path, # file to write, `<id>.npz`
+def save_seed(path:str|Path, # file to write, `<id>.npz`
     classes:np.ndarray, # (k,) class indices, 0-based, background not counted; k may be 0
-    maps:np.ndarray, # (k,H,W) in [0,1] at image size
-):
+    maps:np.ndarray): # (k,H,W) in [0,1] at image size
     "Write one seed file, atomically; `DataError` if the arrays do not fit each other"
     classes, maps = check_maps(path, np.asarray(classes, np.int64).reshape(-1), np.asarray(maps, np.float16))
     with atomic_path(path) as p, open(p, 'wb') as f: np.savez_compressed(f, classes=classes, maps=maps)
 
 # %% ../nbs/04_artifacts.ipynb #297c4204
-def load_seed(
-    path:str|Path, # a seed file
+def load_seed(path:str|Path, # a seed file
 ) -> tuple: # classes int64 (k,), maps float16 (k,H,W)
     "Read one seed file; `DataError` if it is missing, cut off, or not a seed file"
     small = None if Path(path).is_file() else compact_seed(path)
     return check_maps(path, *(small or read_arrays(path, ('classes', 'maps'), 'seed', 'mct_seeds')))
 
 # %% ../nbs/04_artifacts.ipynb #5de8d377
-def has_seed(
-    folder:str|Path, # of seeds, one file a photo or many in a file
+def has_seed(folder:str|Path, # of seeds, one file a photo or many in a file
     id:str, # of the photo
 ) -> bool:
     "Is there a seed of this photo?"
@@ -64,12 +59,10 @@ def has_seed(
     return (Path(folder)/f'{id}.npz').is_file() if seeds is None else id in seeds
 
 # %% ../nbs/04_artifacts.ipynb #76c9e003
-def save_crf_label(
-    path:str|Path, # file to write, `<id>.npz`
+def save_crf_label(path:str|Path, # file to write, `<id>.npz`
     classes:np.ndarray, # (k,) class indices, 0-based, background not counted
     low:np.ndarray, # (k+1,H,W) probabilities with the low alpha, background first
-    high:np.ndarray, # (k+1,H,W) with the high alpha
-):
+    high:np.ndarray): # (k+1,H,W) with the high alpha
     "Write one label file, atomically; `DataError` if the arrays do not fit each other"
     classes, low, high = np.asarray(classes, np.int64).reshape(-1), np.asarray(low, np.float16), np.asarray(high,
             np.float16)
@@ -77,16 +70,14 @@ def save_crf_label(
     with atomic_path(path) as p, open(p, 'wb') as f: np.savez_compressed(f, classes=classes, low=low, high=high)
 
 # %% ../nbs/04_artifacts.ipynb #f7fed760
-def load_crf_label(
-    path:str|Path, # a label file
+def load_crf_label(path:str|Path, # a label file
 ) -> tuple: # classes int64 (k,), low float16 (k+1,H,W), high float16 (k+1,H,W); background first
     "Read one label file; `DataError` if it is missing, cut off, or not a label file"
     arrays = read_arrays(path, ('classes', 'low', 'high'), 'label', 'mct_crf_labels')
     return check_maps(path, *arrays, rows=1, top=1.001)
 
 # %% ../nbs/04_artifacts.ipynb #b5368dcd
-def is_complete(
-    path:str|Path, # an `.npz` or `.png` file
+def is_complete(path:str|Path, # an `.npz` or `.png` file
 ) -> bool:
     "Is a whole file there?"
     try:
@@ -98,8 +89,7 @@ def is_complete(
     except Exception: return False                                      # zipfile raises many kinds for damaged files
 
 # %% ../nbs/04_artifacts.ipynb #c9b16aaa
-def check_seeds(
-    folder:str|Path, # of seed files
+def check_seeds(folder:str|Path, # of seed files
     ds:'Dataset', # their photos
 ) -> dict|None: # the settings that the seeds were made with, if they are noted
     "`DataError` unless `folder` holds seeds of `ds`"
@@ -117,8 +107,7 @@ def check_seeds(
     return settings or None
 
 # %% ../nbs/04_artifacts.ipynb #1ca1a242
-def read_photo_seed(
-    ds:'Dataset', # photos
+def read_photo_seed(ds:'Dataset', # photos
     folder:str|Path, # of seed files
     id:str, # of the photo
 ) -> tuple[Image.Image, np.ndarray, np.ndarray]: # RGB photo, classes (k,), maps float16 (k,H,W)
@@ -135,16 +124,14 @@ def read_photo_seed(
     return image, classes, maps
 
 # %% ../nbs/04_artifacts.ipynb #15f3151f
-def seeds_digest(
-    folder:str|Path, # of seed files
+def seeds_digest(folder:str|Path, # of seed files
 ) -> str|None: # 16 hexadecimal digits; None where their settings are not noted
     "What identifies seeds, by what they were made with"
     note = Path(folder)/'_seeds.json'
     return hashlib.sha256(note.read_bytes()).hexdigest()[:16] if note.is_file() else None
 
 # %% ../nbs/04_artifacts.ipynb #b6d88d83
-def background_score(
-    background:float|str|Path, # a number, or the JSON file that `mct_score --json` wrote for seeds
+def background_score(background:float|str|Path, # a number, or the JSON file that `mct_score --json` wrote for seeds
 ) -> float: # score of the background
     "The number, or the file's `best_threshold`; `DataError` if it is neither"
     try: score = float(background)

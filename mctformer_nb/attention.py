@@ -21,13 +21,12 @@ from .views import IMAGENET_MEAN, IMAGENET_STD, input_spec, to_input
 from .vit import capture_qk
 
 # %% ../nbs/21_attention.ipynb #a1b01dc2
-def class_to_patch(
-    q:Tensor,     # queries of one layer (B,H,N,d), class tokens first
-    k:Tensor,     # keys of the same layer (B,H,N,d)
-    C:int,        # number of tokens in front of the patches, class tokens first
-    scale:float,  # factor on q.k before the softmax (the layer's own, 1/sqrt(d))
+def class_to_patch(q:Tensor, # queries of one layer (B,H,N,d), class tokens first
+    k:Tensor, # keys of the same layer (B,H,N,d)
+    C:int, # number of tokens in front of the patches, class tokens first
+    scale:float, # factor on q.k before the softmax (the layer's own, 1/sqrt(d))
     classes:list=None, # class indices wanted, default all C
-) -> Tensor:      # (B,C or len(classes),M), float32
+) -> Tensor: # (B,C or len(classes),M), float32
     "Head-mean attention of class tokens to patches, block c2p of Eq. 1; rows of other tokens are not computed"
     rows = q[:, :, list(range(C) if classes is None else classes)].float() # (B,H,c,d)
     with torch.autocast(q.device.type, enabled=False):
@@ -35,32 +34,29 @@ def class_to_patch(
     return a[..., C:].mean(1)                                              # (B,H,c,M) -> (B,c,M)
 
 # %% ../nbs/21_attention.ipynb #16045a9f
-def minmax(
-    maps:Tensor,     # (...,h,w)
-    eps:float=1e-8,  # smallest range that is divided by: a constant map becomes zero
-) -> Tensor:         # (...,h,w) in [0,1]
+def minmax(maps:Tensor, # (...,h,w)
+    eps:float=1e-8, # smallest range that is divided by: a constant map becomes zero
+) -> Tensor: # (...,h,w) in [0,1]
     "Each map scaled to [0,1] over its two spatial dimensions"
     lo, hi = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     return (maps-lo)/(hi-lo).clamp_min(eps)
 
 # %% ../nbs/21_attention.ipynb #4f90bf96
-def fuse_layers(
-    rows:list,         # class-to-patch attention of the last K layers, (B,c,M) each
-    hw:tuple,          # (h,w) patch grid
+def fuse_layers(rows:list, # class-to-patch attention of the last K layers, (B,c,M) each
+    hw:tuple, # (h,w) patch grid
     rule:str='reference', # 'reference': sum; 'plus': mean; 'paper': mean, then min-max
-) -> Tensor:           # (B,c,h,w), float32
+) -> Tensor: # (B,c,h,w), float32
     "Class-to-patch attention fused over layers (Eq. 2)"
     a = sum(rows).unflatten(2, hw)                                         # (B,c,M) -> (B,c,h,w)
     if rule != 'reference': a = a/len(rows)
     return minmax(a) if rule == 'paper' else a
 
 # %% ../nbs/21_attention.ipynb #d6c029fb
-def patch_cam(
-    features:Tensor,      # output patch tokens on their grid (B,D,h,w)
-    head:nn.Conv2d,       # V2's patch head, D -> C channels
-    classes:list=None,    # class indices wanted, default all
+def patch_cam(features:Tensor, # output patch tokens on their grid (B,D,h,w)
+    head:nn.Conv2d, # V2's patch head, D -> C channels
+    classes:list=None, # class indices wanted, default all
     rule:str='reference', # 'reference', 'plus': ReLU; 'paper': min-max
-) -> Tensor:              # (B,c,h,w), float32, not negative
+) -> Tensor: # (B,c,h,w), float32, not negative
     "PatchCAM: the head's feature map before its average pooling (Section 3.3)"
     W, b = head.weight.float(), head.bias.float()                          # (C,D,3,3), (C,)
     if classes is not None: W, b = W[list(classes)], b[list(classes)]
@@ -69,11 +65,10 @@ def patch_cam(
     return minmax(f) if rule == 'paper' else f.relu()
 
 # %% ../nbs/21_attention.ipynb #937cac0f
-def fuse_maps(
-    attn:Tensor|None,     # class-to-patch attention (B,c,h,w), not negative
-    cam:Tensor|None,      # PatchCAM (B,c,h,w), not negative
+def fuse_maps(attn:Tensor|None, # class-to-patch attention (B,c,h,w), not negative
+    cam:Tensor|None, # PatchCAM (B,c,h,w), not negative
     rule:str='reference', # 'reference', 'paper': product (Eq. 6); 'plus': its square root
-) -> Tensor:              # (B,c,h,w)
+) -> Tensor: # (B,c,h,w)
     "Fusion of attention and PatchCAM; where one is None, the other as it is"
     if attn is None or cam is None: return cam if attn is None else attn
     return (attn*cam).sqrt() if rule == 'plus' else attn*cam
@@ -91,8 +86,7 @@ class Maps:
     rule:str='reference'   # 'reference' | 'paper' | 'plus', see the table above
 
 # %% ../nbs/21_attention.ipynb #410445aa
-def usual_kind(
-    model:nn.Module, # an MCTformer, or a baseline with `kinds` of its own
+def usual_kind(model:nn.Module, # an MCTformer, or a baseline with `kinds` of its own
 ) -> str: # kind of map
     "'fused', 'attn' of a V1, which has no patch head, or the first kind of a baseline"
     if hasattr(model, 'kinds'): return model.kinds[0]
@@ -101,10 +95,10 @@ def usual_kind(
 # %% ../nbs/21_attention.ipynb #54b8ec08
 def check_request(
     model:nn.Module, # an MCTformer, or a baseline with `kinds` of its own, which knows no layers and no rule
-    kind:str,        # of map
-    layers:int,      # K, None for all
-    rule:str,        # reading of the formulas
-    classes:list,    # class indices, None for all
+    kind:str, # of map
+    layers:int, # K, None for all
+    rule:str, # reading of the formulas
+    classes:list, # class indices, None for all
     attention:str='auto', # way to compute, see `localize_fast`
 ) -> tuple[int,list]: # K and the list of class indices
     "The request, completed. Raises `DataError` that says what to ask for instead"
@@ -126,9 +120,7 @@ def check_request(
 
 # %% ../nbs/21_attention.ipynb #e10f0df9
 @contextmanager
-def evaluating(
-    model:nn.Module, # model to run
-):
+def evaluating(model:nn.Module): # model to run
     "Evaluation mode inside the `with` block; afterwards each module is as it was"
     modes = {m: m.training for m in model.modules()}
     try: yield model.eval()
@@ -136,35 +128,32 @@ def evaluating(
         for m,t in modes.items(): m.training = t
 
 # %% ../nbs/21_attention.ipynb #aecf8b93
-def baseline_maps(
-    model:nn.Module,   # with a method `localize` of its own
-    x:Tensor,          # images (B,3,H,W)
-    kind:str,          # one of its `kinds`
+def baseline_maps(model:nn.Module, # with a method `localize` of its own
+    x:Tensor, # images (B,3,H,W)
+    kind:str, # one of its `kinds`
     classes:list=None, # class indices, default all
-) -> Tensor:           # (B,c,h,w)
+) -> Tensor: # (B,c,h,w)
     "Maps of a baseline, in evaluation mode"
     with evaluating(model): return model.localize(x, kind, classes)
 
 # %% ../nbs/21_attention.ipynb #ebd26eda
-def num_prefix(
-    model:nn.Module, # an MCTformer
+def num_prefix(model:nn.Module, # an MCTformer
 ) -> int: # C, and registers if it has some
     "Tokens in front of the patches, class tokens first"
     return getattr(model, 'num_prefix', model.num_classes)
 
 # %% ../nbs/21_attention.ipynb #874a589e
 @torch.no_grad()
-def localize(
-    model:nn.Module,       # an MCTformer, or a baseline
-    x:Tensor,              # images (B,3,H,W), normalised by `input_spec(model)`, H and W multiples of the patch size
-    kind:str='fused',      # 'attn' | 'patchcam' | 'fused' (the last two need V2); of a baseline, one of its `kinds`
-    layers:int=3,          # K of Eq. 2 (paper and reference: 3), None for all (MCTformer+)
-    refine:bool=True,      # patch affinity, Eq. 3 and 7
-    rule:str='reference',  # 'reference' | 'paper' | 'plus', see the table above
-    classes:list=None,     # class indices to compute, default all
+def localize(model:nn.Module, # an MCTformer, or a baseline
+    x:Tensor, # images (B,3,H,W), normalised by `input_spec(model)`, H and W multiples of the patch size
+    kind:str='fused', # 'attn' | 'patchcam' | 'fused' (the last two need V2); of a baseline, one of its `kinds`
+    layers:int=3, # K of Eq. 2 (paper and reference: 3), None for all (MCTformer+)
+    refine:bool=True, # patch affinity, Eq. 3 and 7
+    rule:str='reference', # 'reference' | 'paper' | 'plus', see the table above
+    classes:list=None, # class indices to compute, default all
     affinity:OtherAffinity|nn.Module=None, # refine by this network's patches; the maps then have its grid
-    **options,             # attention='auto' | 'fused' | 'rows': no difference here, see `localize_fast`
-) -> Tensor:               # (B,C or len(classes),h,w) at the patch grid, float32, not negative (but 'tscam')
+    **options, # attention='auto' | 'fused' | 'rows': no difference here, see `localize_fast`
+) -> Tensor: # (B,C or len(classes),h,w) at the patch grid, float32, not negative (but 'tscam')
     "Class-specific localization maps (Eq. 1-7), not normalised. Raises `DataError` for what the model cannot do"
     (K, idx), P = check_request(model, kind, layers, rule, classes, **options), num_prefix(model)
     if refine and affinity is not None:
@@ -180,13 +169,12 @@ def localize(
     return refine_by(p2p, maps) if refine else maps                                             # Eq. 7: (B,c,h,w)
 
 # %% ../nbs/21_attention.ipynb #1afc4a14
-def localize_image(
-    model:nn.Module,    # an MCTformer, or a baseline
-    image:Image.Image,  # RGB photo, any size
-    classes:list=None,  # class indices, default all
-    size:int=None,      # short side the model sees, in pixels, up to about 640; default the photo's own
-    **kwargs,           # kind, layers, refine, rule, affinity of `localize`
-) -> Tensor:            # (c,H,W) in [0,1] at the photo's size, on the CPU
+def localize_image(model:nn.Module, # an MCTformer, or a baseline
+    image:Image.Image, # RGB photo, any size
+    classes:list=None, # class indices, default all
+    size:int=None, # short side the model sees, in pixels, up to about 640; default the photo's own
+    **kwargs, # kind, layers, refine, rule, affinity of `localize`
+) -> Tensor: # (c,H,W) in [0,1] at the photo's size, on the CPU
     "Localization maps of one photo, enlarged to it and min-max normalised per class"
     p = next(model.parameters())
     x = to_input(image, model.patch_size, size, input_spec(model)).to(p.device, p.dtype)
@@ -195,13 +183,12 @@ def localize_image(
     return minmax(maps).cpu()
 
 # %% ../nbs/21_attention.ipynb #e99ceaed
-def plot_maps(
-    image:Image.Image, # photo, or an array (H,W,3)
-    maps:Tensor,       # (c,H,W) or (c,h,w) in [0,1]
-    names:list,        # one title a map
-    ncols:int=5,       # pictures a row, the photo included
-    side:float=1.8,    # inches a picture
-):                     # matplotlib figure
+def plot_maps(image:Image.Image, # photo, or an array (H,W,3)
+    maps:Tensor, # (c,H,W) or (c,h,w) in [0,1]
+    names:list, # one title a map
+    ncols:int=5, # pictures a row, the photo included
+    side:float=1.8, # inches a picture
+): # matplotlib figure
     "The photo and, laid over it, each map, in a grid"
     import matplotlib.pyplot as plt
     maps = torch.as_tensor(maps).detach().float().cpu()

@@ -18,8 +18,7 @@ class PatchFeatures(nn.Module):
     "x (B,3,H,W) of any size -> patch tokens of an MCTformer after some of its blocks, a list of (B,D,h,w)"
     def __init__(self,
         mct:MCTformer, # changed: without heads and without the blocks after the last tap
-        taps:tuple=None, # blocks, from 0; default those at half, three quarters and the end
-    ):
+        taps:tuple=None): # blocks, from 0; default those at half, three quarters and the end
         super().__init__()
         L = len(mct.blocks)
         self.taps = sorted({L//2-1, 3*L//4-1, L-1} if taps is None else {int(t) % L for t in taps})
@@ -52,8 +51,7 @@ class GridConv(nn.Conv2d):
         return y.reshape(B, h*d, w*d, C)[:, :H, :W].permute(0, 3, 1, 2)                       # (B,C,H,W)
 
 # %% ../nbs/29_backbones.ipynb #gridconv03
-def use_grids(
-    net:nn.Module, # any
+def use_grids(net:nn.Module, # any
 ) -> nn.Module: # the same; its weights keep their names
     "Every dilated depthwise convolution becomes a `GridConv`"
     for m in net.modules():
@@ -72,8 +70,7 @@ class DenseBackbone(nn.Module):
         taps:tuple=None, # stages of a CNN, default the last three; blocks of a ViT, see `PatchFeatures`
         output_stride:int=8, # pixels a cell of a CNN's last stages; a ViT has its patch size
         freeze:bool=True, # BatchNorm keeps its statistics and weights (reference)
-        drop_path:float=0., # stochastic depth of a ViT
-    ):
+        drop_path:float=0.): # stochastic depth of a ViT
         super().__init__()
         if name.startswith('run:'): net = PatchFeatures(load_run(name[4:], kind='classifier')[0].train(), taps)
         elif is_vit(name): net = PatchFeatures(MCTformer(1, 'v1', name, pretrained, drop_path=drop_path), taps)

@@ -71,9 +71,7 @@ class PlainViT(MCTformer):
         return class_agnostic_attention(qk, {l: b.attn.scale for l,b in enumerate(self.blocks)}, p.shape[-2:]), p
 
 # %% ../nbs/13_baselines.ipynb #dc5b15b3
-def check_score(
-    score:str, # class score asked for
-):
+def check_score(score:str): # class score asked for
     "`DataError` unless it is the one that baselines have"
     need(score == 'avg', f'score {score!r}', 'the scores of Table 7 are for the class tokens of an MCTformer',
          "Leave score at 'avg'")
@@ -133,8 +131,7 @@ class CNNCAM(nn.Module):
 VARIANTS.update({m.name: m for m in (PlainViT, TSCAM)}, cam=CNNCAM)
 
 # %% ../nbs/13_baselines.ipynb #a8f57352
-def build_classifier(
-    cfg:dict, # configuration of a run
+def build_classifier(cfg:dict, # configuration of a run
     backbone:VisionTransformer=None, # in place of one that has no name
 ) -> nn.Module: # without its weights
     "An MCTformer or a baseline from the configuration of its run. Raises `DataError`."

@@ -14,8 +14,7 @@ from .mctformer import MCTformer
 from .runs import check_state, read_state_dict, strip_prefix, tensors_only
 
 # %% ../nbs/14_checkpoints.ipynb #a0112709
-def reference_kind(
-    sd:dict, # name -> tensor, of the reference
+def reference_kind(sd:dict, # name -> tensor, of the reference
 ) -> tuple: # variant, score, 'v1' | 'v2' | 'plus'
     "Which model a reference state dict holds. Raises `DataError`."
     shape = tuple(sd['head.weight'].shape) if 'head.weight' in sd else ()
@@ -26,8 +25,7 @@ def reference_kind(
     return 'v1', 'fc' if len(shape) == 3 else 'avg', 'v1'
 
 # %% ../nbs/14_checkpoints.ipynb #4c122e4c
-def reference_sizes(
-    sd:dict, # name -> tensor, of the reference
+def reference_sizes(sd:dict, # name -> tensor, of the reference
     num_heads:int=None, # H, default D // 64
 ) -> dict: # arguments of timm's VisionTransformer
     "Sizes of the backbone, from the shapes of a reference state dict. Raises `DataError`."
@@ -41,8 +39,7 @@ def reference_sizes(
                 qkv_bias='blocks.0.attn.qkv.bias' in sd, mlp_ratio=sd['blocks.0.mlp.fc1.weight'].shape[0]/D)
 
 # %% ../nbs/14_checkpoints.ipynb #cddaf70f
-def from_reference(
-    sd:dict, # name -> tensor, of the reference
+def from_reference(sd:dict, # name -> tensor, of the reference
     variant:str, # 'v1' or 'v2'
     score:str='avg', # 'fc' keeps the Conv1d
 ) -> dict: # name -> tensor
@@ -57,8 +54,7 @@ def from_reference(
     return sd
 
 # %% ../nbs/14_checkpoints.ipynb #f8a613e2
-def load_reference(
-    path_or_state_dict:str|Path|dict, # file (weights-only) or dict, bare or under 'model'
+def load_reference(path_or_state_dict:str|Path|dict, # file (weights-only) or dict, bare or under 'model'
     num_heads:int=None, # H, default D // 64
     score:str=None, # class score, default what the head tells; 'avg' ignores an `fc` head as the released code does
 ) -> MCTformer: # in eval mode; `.reference` tells 'v1', 'v2' or 'plus'

@@ -47,8 +47,7 @@ def mct_prepare_voc(a):
     hint(a, 'mct_train', data=f'voc:{a.path}', split='trainaug', out='runs/v2')
 
 # %% ../nbs/60_cli.ipynb #9ac7e248
-def quick_recipe(
-    stage:str, # 'train' | 'affinity' | 'segment'
+def quick_recipe(stage:str, # 'train' | 'affinity' | 'segment'
 ) -> dict: # options by name
     "The demonstration's options; more epochs, since somebody's first data set is small"
     from mctformer_nb.demo import DEMO_RECIPE, DEMO_SECOND
@@ -79,8 +78,7 @@ PLUS_RECIPE = dict(epochs=45, batch_size=32, image_size=448, repeat=2) # publish
 PLUS_MAPS = dict(rule='plus', layers='all', scales='1,0.75,1.25') # options of `mct_seeds`
 
 # %% ../nbs/60_cli.ipynb #ac5344a6
-def default_recipe(
-    a:argparse.Namespace, # parsed arguments
+def default_recipe(a:argparse.Namespace, # parsed arguments
 ) -> str: # 'reference' | 'quick' | 'frozen'
     "The recipe where none is named: by the data and the machine, and only where nothing else was chosen"
     from torch import cuda
@@ -89,11 +87,9 @@ def default_recipe(
     return 'reference' if cuda.is_available() else 'frozen'
 
 # %% ../nbs/60_cli.ipynb #a16ed2bb
-def fill_recipe(
-    a:argparse.Namespace, # parsed arguments, changed in place; a.recipe is the recipe taken
+def fill_recipe(a:argparse.Namespace, # parsed arguments, changed in place; a.recipe is the recipe taken
     stage:str, # 'train' | 'affinity' | 'segment'
-    reference:dict, # options of the reference's recipe
-):
+    reference:dict): # options of the reference's recipe
     "Fill in what was not given: from the recipe, then from the reference's"
     a.recipe = a.recipe or default_recipe(a)
     recipes = dict(frozen=FROZEN_RECIPE.get(stage, {}), plus=PLUS_RECIPE)
@@ -170,9 +166,7 @@ FINE_ARGS = [
     arg('--aug', help='augmentation: reference | paper | light (quick)')]
 
 # %% ../nbs/60_cli.ipynb #6731c8d3
-def report_training(
-    a:argparse.Namespace, # parsed arguments with out
-):
+def report_training(a:argparse.Namespace): # parsed arguments with out
     "Say how a training ended"
     import pandas as pd
     h = pd.read_csv(Path(a.out)/'history.csv')
@@ -186,10 +180,8 @@ def report_training(
     print(f'done in {elapsed(a)}: {a.out}, {epochs}, {what}; mct_report {shlex.quote(str(a.out))} shows it')
 
 # %% ../nbs/60_cli.ipynb #bc229f9e
-def train_without_training(
-    a:argparse.Namespace, # parsed arguments of `mct_train`
-    device:str=None, # checked
-):
+def train_without_training(a:argparse.Namespace, # parsed arguments of `mct_train`
+    device:str=None): # checked
     "The recipe of a frozen network: features once, a linear layer on them"
     from mctformer_nb.core import need
     from mctformer_nb.frozen import train_frozen
@@ -204,8 +196,7 @@ def train_without_training(
     hint(a, 'mct_seeds', run=a.out, data=a.data, split=a.split)
 
 # %% ../nbs/60_cli.ipynb #f0110412
-def follow_run(
-    a:argparse.Namespace, # parsed arguments of `mct_train`, changed in place
+def follow_run(a:argparse.Namespace, # parsed arguments of `mct_train`, changed in place
 ) -> argparse.Namespace: # the same
     "Variant, backbone and image size of the run that is trained further, where others are not given"
     file = Path(a.pretrained)/'config.json' if isinstance(a.pretrained, str) else None
@@ -219,8 +210,7 @@ def follow_run(
     return a
 
 # %% ../nbs/60_cli.ipynb #f78cc664
-def plus_options(
-    a:argparse.Namespace, # parsed arguments of `mct_train`, its recipe filled in
+def plus_options(a:argparse.Namespace, # parsed arguments of `mct_train`, its recipe filled in
 ) -> dict: # options by name
     "What only an MCTformer+ takes. Raises `DataError` if it is for another network."
     from mctformer_nb.core import need
@@ -231,8 +221,7 @@ def plus_options(
     return own
 
 # %% ../nbs/60_cli.ipynb #7b28ffcb
-def hinted_maps(
-    a:argparse.Namespace, # parsed arguments of `mct_train`, its recipe filled in
+def hinted_maps(a:argparse.Namespace, # parsed arguments of `mct_train`, its recipe filled in
 ) -> dict: # options of `mct_seeds`
     "The maps that go with what was trained, for the hint"
     if a.variant=='plus': return PLUS_MAPS
@@ -267,11 +256,9 @@ def mct_train(a):
     hint(a, 'mct_seeds', run=a.out, data=a.data, split=split, **hinted_maps(a))
 
 # %% ../nbs/60_cli.ipynb #302eeada
-def check_classes(
-    config:dict, # of a run
+def check_classes(config:dict, # of a run
     ds:'Dataset', # data
-    run:object, # folder, for the message
-):
+    run:object): # folder, for the message
     "`DataError` unless the run was trained for the classes of the data"
     from mctformer_nb.core import need
     old, new = list(config['classes']), list(ds.classes)
@@ -341,15 +328,13 @@ SCALE_ARGS = [
     arg('--set', nargs='+', default=[], metavar='KEY=VALUE', help="of submitit or Ray: slurm_partition=gpu")]
 
 # %% ../nbs/60_cli.ipynb #4e5106fb
-def by_shards(
-    a:argparse.Namespace, # parsed arguments of `mct_seeds`
+def by_shards(a:argparse.Namespace, # parsed arguments of `mct_seeds`
 ) -> bool:
     "Is anything wanted that is done shard by shard?"
     return bool(a.compact or a.score or a.labels_out)
 
 # %% ../nbs/60_cli.ipynb #pr3c1s02
-def tried_precision(
-    model:'Module', # a classifier
+def tried_precision(model:'Module', # a classifier
     device:str=None, # checked; default CUDA where there is one
 ) -> str: # a precision of `at_precision`
     "The fastest precision on this machine, by a short trial. Raises `DataError` for several processes."
@@ -364,8 +349,7 @@ def tried_precision(
     return precision
 
 # %% ../nbs/60_cli.ipynb #e67e14bc
-def affinity_network(
-    a:argparse.Namespace, # parsed arguments of `mct_seeds`
+def affinity_network(a:argparse.Namespace, # parsed arguments of `mct_seeds`
 ) -> 'OtherAffinity|None': # None where none is named
     "The network whose patches refine the maps. Raises `DataError` if it cannot be had."
     if not a.affinity: return None
@@ -374,19 +358,16 @@ def affinity_network(
     return OtherAffinity(vit, a.affinity_size, a.affinity_layers, a.affinity_norm, a.affinity_power)
 
 # %% ../nbs/60_cli.ipynb #f17f0700
-def photo_fit(
-    a:argparse.Namespace, # parsed arguments of `mct_seeds`
+def photo_fit(a:argparse.Namespace, # parsed arguments of `mct_seeds`
 ) -> dict: # fit and longest of `Views`
     "How photos become views: as given, else as the recipe has it"
     fit, longest = ('cut', 0) if a.recipe else ('round', 1024)
     return dict(fit=a.fit or fit, longest=(longest if a.longest is None else a.longest) or None)
 
 # %% ../nbs/60_cli.ipynb #b080c169
-def hint_after_seeds(
-    a:argparse.Namespace, # parsed arguments of `mct_seeds`
+def hint_after_seeds(a:argparse.Namespace, # parsed arguments of `mct_seeds`
     data:list, # data sets whose seeds were written
-    frozen:bool, # by a frozen network
-):
+    frozen:bool): # by a frozen network
     "The command that comes after seeds"
     first = data[0]
     if first.has_masks: hint(a, 'mct_score', pred=a.out, data=a.data, split=first.split,
@@ -395,8 +376,7 @@ def hint_after_seeds(
     else: hint(a, 'mct_crf_labels', seeds=a.out, data=a.data, split=data[-1].split)
 
 # %% ../nbs/60_cli.ipynb #4d80b578
-def with_heads(
-    a:argparse.Namespace, # parsed arguments of `mct_seeds`
+def with_heads(a:argparse.Namespace, # parsed arguments of `mct_seeds`
     model:'MCTformer', # of the run
     config:dict, # of the run
     ds:'Dataset', # photos whose labels the weights are learnt from, if the run has none yet
@@ -445,8 +425,7 @@ def mct_seeds(a):
     return report_bad(bad)
 
 # %% ../nbs/60_cli.ipynb #074eab2c
-def find_results(
-    folder:str|Path, # of seeds or masks
+def find_results(folder:str|Path, # of seeds or masks
     ds:'Dataset', # their photos
 ) -> str: # 'seeds' or 'masks'
     "What is in a folder, by the files that belong to `ds`. Raises `DataError`."
@@ -482,8 +461,7 @@ SCORE_ARGS = [
     arg('--beside', metavar='DIR', help='with --no-masks: other seeds of the same photos, to compare')]
 
 # %% ../nbs/60_cli.ipynb #5p117t0t
-def split_to_train(
-    data:str, # KIND:PATH
+def split_to_train(data:str, # KIND:PATH
     split:str, # that was scored
     folder:str|Path, # of seeds
 ) -> str: # 'trainaug' where `train` of VOC was scored and all of trainaug has seeds, else the split itself
@@ -496,9 +474,7 @@ def split_to_train(
     return 'trainaug' if all((Path(folder)/f'{id}.npz').is_file() for id in more) else split
 
 # %% ../nbs/60_cli.ipynb #hintsc01
-def hint_after_score(
-    a:argparse.Namespace, # parsed arguments of `mct_score`
-):
+def hint_after_score(a:argparse.Namespace): # parsed arguments of `mct_score`
     "The command that comes after the score of seeds"
     from mctformer_nb.core import read_json
     note = Path(a.pred)/'_seeds.json'
@@ -507,10 +483,8 @@ def hint_after_score(
     else: hint(a, 'mct_crf_labels', seeds=a.pred, data=a.data, split=split_to_train(a.data, a.split, a.pred))
 
 # %% ../nbs/60_cli.ipynb #5avesw33p
-def save_sweep(
-    res:dict, # of `sweep_threshold`
-    path:str|Path, # picture to write
-):
+def save_sweep(res:dict, # of `sweep_threshold`
+    path:str|Path): # picture to write
     "The scores of all thresholds as a picture"
     import matplotlib
     matplotlib.use('Agg')
@@ -519,8 +493,7 @@ def save_sweep(
     with atomic_path(path) as f: plot_sweep(res).figure.savefig(f, bbox_inches='tight')
 
 # %% ../nbs/60_cli.ipynb #n0masks06
-def background_by_evidence(
-    run:str|Path, # of the classifier that is asked; None: the folder that holds the seeds
+def background_by_evidence(run:str|Path, # of the classifier that is asked; None: the folder that holds the seeds
     seeds:str|Path, # folder
     ds:'Dataset', # their photos
 ) -> tuple: # what `choose_background` found, the classifier, the side that it sees in pixels
@@ -534,8 +507,7 @@ def background_by_evidence(
     return choose_background(model, ds, seeds, size=size), model, size
 
 # %% ../nbs/60_cli.ipynb #n0masks02
-def score_without_masks(
-    a:argparse.Namespace, # parsed arguments of `mct_score`
+def score_without_masks(a:argparse.Namespace, # parsed arguments of `mct_score`
 ) -> int: # exit status
     "What the classifier says of seeds, in percent, and the background that it chooses"
     from mctformer_nb.datasets import get_dataset
@@ -615,8 +587,7 @@ def mct_info(a):
     a.outcome = {v: complexity(m, a.image_size) for v,m in models.items()}
 
 # %% ../nbs/60_cli.ipynb #7efb05c7
-def class_list(
-    text:str, # names separated by commas, or a file with one name a line
+def class_list(text:str, # names separated by commas, or a file with one name a line
 ) -> list: # of names
     "Names of classes; files of any common encoding are read"
     if not Path(text).is_file(): return [n.strip() for n in text.split(',') if n.strip()]
@@ -624,9 +595,7 @@ def class_list(
     return [n.strip() for n in read_text(text).splitlines() if n.strip()]
 
 # %% ../nbs/60_cli.ipynb #0dd0dd01
-def convert_to_onnx(
-    a:argparse.Namespace, # parsed arguments of `mct_convert`
-):
+def convert_to_onnx(a:argparse.Namespace): # parsed arguments of `mct_convert`
     "A run as an ONNX file"
     from mctformer_nb.onnx_file import write_onnx
     a.outcome = r = write_onnx(None if a.reference=='packaged' else a.reference, a.onnx, a.image_size)

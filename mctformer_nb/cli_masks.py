@@ -15,8 +15,7 @@ from .command import arg, check_device, comma_list, command, data_args, device_a
 from .command import lr_factors, number, report_bad, training_data
 
 # %% ../nbs/61_cli_masks.ipynb #508b3b74
-def report_stage(
-    a:argparse.Namespace, # parsed arguments
+def report_stage(a:argparse.Namespace, # parsed arguments
     r:dict, # what the stage reports
     what:str, # files, plural
     ds:object=None, # data set, whose `bad` ones are listed too
@@ -31,8 +30,7 @@ def report_stage(
     return report_bad(r.bad)
 
 # %% ../nbs/61_cli_masks.ipynb #7049772f
-def stage_args(
-    workers:str='processes for the CRF (default: one a core)', # help of --workers
+def stage_args(workers:str='processes for the CRF (default: one a core)', # help of --workers
 ) -> list: # of `arg`
     "--workers, --overwrite"
     return [arg('--workers', type=number(int, 1), metavar='N', help=workers),
@@ -64,8 +62,7 @@ def mct_crf_labels(a):
     return status
 
 # %% ../nbs/61_cli_masks.ipynb #cb4589b1
-def fit_args(
-    out:str, # default of --out, in words
+def fit_args(out:str, # default of --out, in words
     reference:tuple, # epochs, batch size, crop, learning rate of the reference, for the help
     quick:tuple, # of the quick recipe
 ) -> list: # of `arg`
@@ -91,8 +88,7 @@ def fit_args(
         arg('--fresh', action='store_true', help='throw away the run that is in the folder')]
 
 # %% ../nbs/61_cli_masks.ipynb #d035d4ad
-def fit_options(
-    a:argparse.Namespace, # parsed arguments of `fit_args`
+def fit_options(a:argparse.Namespace, # parsed arguments of `fit_args`
 ) -> dict: # by name, as the library takes them
     "What was not given keeps the library's default"
     from mctformer_nb.dashboards import dashboard
@@ -139,8 +135,7 @@ SEGMENT_ARGS = [*fit_args('deeplab, beside the masks', (30, 4, 321, 7e-4), (30, 
     arg('--cache', action='store_true', default=None, help='keep decoded photos and masks in memory')]
 
 # %% ../nbs/61_cli_masks.ipynb #5e9a4a96
-def use_corrected(
-    a:argparse.Namespace, # parsed arguments of `mct_segment_train`
+def use_corrected(a:argparse.Namespace, # parsed arguments of `mct_segment_train`
     ds:'Dataset', # photos, some with a mask of their own
 ) -> tuple: # photos to train on, folder of their masks
     "Corrected masks in place of pseudo masks, each counted --corrected-weight times. Raises `DataError`."
@@ -169,8 +164,7 @@ DECODER_ARGS = [
         help='of LargeFOV; smaller for small photos (reference: 12; quick: 2)')]
 
 # %% ../nbs/61_cli_masks.ipynb #dec0de02
-def segment_recipe_args(
-    a:argparse.Namespace, # parsed arguments, changed in place
+def segment_recipe_args(a:argparse.Namespace, # parsed arguments, changed in place
 ) -> dict: # options of the network and the loss, by name, as the library takes them
     "Fill in the recipe that belongs to the decoder. Raises `DataError`."
     from mctformer_nb.core import need
@@ -210,8 +204,7 @@ def mct_segment_train(a):
     else: hint(a, 'mct_predict PHOTO', run=a.out, **small)
 
 # %% ../nbs/61_cli_masks.ipynb #n0masks05
-def masks_background(
-    a:argparse.Namespace, # parsed arguments of `mct_masks`
+def masks_background(a:argparse.Namespace, # parsed arguments of `mct_masks`
     ds:'Dataset', # photos
 ) -> dict: # background, or nothing where the stage has its own default
     "--background as a number, from a file, or, `auto`, chosen by the evidence of the classifier"
@@ -278,8 +271,7 @@ INFER_ARGS = [
     *stage_args()]
 
 # %% ../nbs/61_cli_masks.ipynb #6e9ccb39
-def infer_options(
-    a:argparse.Namespace, # parsed arguments of `INFER_ARGS`
+def infer_options(a:argparse.Namespace, # parsed arguments of `INFER_ARGS`
 ) -> dict: # by name, as the library takes them
     "Options of both; the random numbers are set"
     from mctformer_nb.core import set_seed

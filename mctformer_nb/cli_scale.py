@@ -36,8 +36,7 @@ def mct_manifest(a):
     return report_bad(r.bad)
 
 # %% ../nbs/89_cli_scale.ipynb #29741c66
-def named_options(
-    pairs:list, # 'timeout_min=600', ...
+def named_options(pairs:list, # 'timeout_min=600', ...
 )->dict: # whole numbers as such
     "Options of an engine. Raises `DataError`."
     from mctformer_nb.core import need
@@ -46,8 +45,7 @@ def named_options(
     return {k: int(v) if v.lstrip('-').isdecimal() else v for k,v in found.items()}
 
 # %% ../nbs/89_cli_scale.ipynb #cd876ef5
-def shard_job(
-    a:argparse.Namespace, # parsed arguments of `mct_seeds`
+def shard_job(a:argparse.Namespace, # parsed arguments of `mct_seeds`
     config:dict, # of the run
     options:dict, # of `extract_seeds`
 )->'SeedJob':
@@ -65,8 +63,7 @@ def shard_job(
                    None if a.refiner=='none' else a.refiner)
 
 # %% ../nbs/89_cli_scale.ipynb #8f63c650
-def seeds_by_shards(
-    a:argparse.Namespace, # parsed arguments of `mct_seeds`
+def seeds_by_shards(a:argparse.Namespace, # parsed arguments of `mct_seeds`
     config:dict, # of the run
     options:dict, # of `extract_seeds`
 )->int: # exit status

@@ -11,8 +11,7 @@ from pathlib import Path
 from .command import arg, command, data_args, elapsed, hint, number, report_bad
 
 # %% ../nbs/79_cli_tools.ipynb #0da7120c
-def read_ids(
-    file:str|Path|None, # text file, a photo a line; None: all
+def read_ids(file:str|Path|None, # text file, a photo a line; None: all
     ds:'Dataset', # photos
 ) -> 'Dataset': # those of the list
     "Only the photos of a list, as `mct_pick` writes it. Raises `DataError`."
@@ -42,8 +41,7 @@ def mct_export(a):
     return report_bad(ds.bad)
 
 # %% ../nbs/79_cli_tools.ipynb #0520b234
-def masks_of_data(
-    spec:str, # --data
+def masks_of_data(spec:str, # --data
 ) -> Path: # its folder of masks
     "Where a folder data set keeps its masks. Raises `DataError` for other kinds of data."
     from mctformer_nb.core import need
@@ -55,9 +53,7 @@ def masks_of_data(
     return Path(path).expanduser()/'masks'
 
 # %% ../nbs/79_cli_tools.ipynb #2f942ecd
-def hint_corrected(
-    a:argparse.Namespace, # parsed arguments of `mct_import`
-):
+def hint_corrected(a:argparse.Namespace): # parsed arguments of `mct_import`
     "Print the commands that use corrected masks"
     run, data, lines = Path(a.pseudo).parent if a.pseudo else Path('RUN'), dict(data=a.data, split=a.split), []
     masks, net = a.pseudo or run/'masks', run/'deeplab_corrected'

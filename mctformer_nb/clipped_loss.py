@@ -13,8 +13,7 @@ from .core import need, new_figure, overlay
 from .ranks import rank_mean
 
 # %% ../nbs/40b_clipped_loss.ipynb #cliploss005
-def pixel_losses(
-    logits:torch.Tensor, # (B,K,h,w) at any stride
+def pixel_losses(logits:torch.Tensor, # (B,K,h,w) at any stride
     target:torch.Tensor, # (B,H,W) mask values, 255 is ignored
 ) -> torch.Tensor: # (B,H,W), 0 where ignored
     "Cross entropy of every pixel, the logits enlarged to the mask"
@@ -22,8 +21,7 @@ def pixel_losses(
     return F.cross_entropy(logits, target.long(), ignore_index=255, reduction='none')
 
 # %% ../nbs/40b_clipped_loss.ipynb #cliploss008
-def window_means(
-    losses:torch.Tensor, # (B,H,W)
+def window_means(losses:torch.Tensor, # (B,H,W)
     window:int=120, # side in pixels (WeakTr, for crops of 480)
     weight:torch.Tensor=None, # (B,H,W) of each pixel in the means; default 1
 ) -> torch.Tensor: # (ceil(H/window),ceil(W/window)); 0 where all weights are
@@ -33,8 +31,7 @@ def window_means(
     return pool(losses*weight)/pool(weight).clamp(min=1e-12)
 
 # %% ../nbs/40b_clipped_loss.ipynb #cliploss011
-def loss_limits(
-    losses:torch.Tensor, # (B,H,W)
+def loss_limits(losses:torch.Tensor, # (B,H,W)
     window:int=120, # side in pixels (WeakTr)
     weight:torch.Tensor=None, # (B,H,W) of each pixel in the means; default 1
 ) -> torch.Tensor: # (H,W)
@@ -51,8 +48,7 @@ class ClippedLoss(nn.Module):
         clip_window:int=None, # side in pixels; default a quarter of the masks (WeakTr: 120 in crops of 480)
         clip_start:float=1.2, # mean loss from which on losses are clipped (WeakTr); infinite: at once
         clip_ignored:bool=True, # pixels of 255 count as loss 0 in all means (WeakTr)
-        clip_alone:bool=False, # every picture has limits of its own (WeakTr: one set for a batch)
-    ):
+        clip_alone:bool=False): # every picture has limits of its own (WeakTr: one set for a batch)
         super().__init__()
         fits = clip_window is None or clip_window>=1
         need(fits, 'clip_window', f'{clip_window} pixels are too few', 'Give a quarter of the crop')
@@ -75,8 +71,7 @@ class ClippedLoss(nn.Module):
         return losses.sum()/self.counted.clamp(min=1)
 
 # %% ../nbs/40b_clipped_loss.ipynb #cliploss021
-def label_entropy(
-    masks:list, # of masks (H,W), 255 is ignored
+def label_entropy(masks:list, # of masks (H,W), 255 is ignored
 ) -> float: # nats
     "Loss of a network that knows only how frequent the classes of `masks` are"
     counts = np.sum([np.bincount(np.ravel(m), minlength=256)[:255] for m in masks], 0)      # (255,)
@@ -84,8 +79,7 @@ def label_entropy(
     return float(-(p*np.log(p)).sum())
 
 # %% ../nbs/40b_clipped_loss.ipynb #cliploss024
-def retraining_settings(
-    decoder:str='fov', # see `decoder_network`
+def retraining_settings(decoder:str='fov', # see `decoder_network`
     loss:str='plain', # 'plain': cross entropy (reference); 'clipped': `ClippedLoss` (WeakTr)
     loss_at:str='labels', # where logits and masks meet; for the clipped loss at the size of the masks
     clip_window:int=None, # of `ClippedLoss`, as the next three
@@ -103,16 +97,14 @@ def retraining_settings(
     return network if loss=='plain' else network | dict(loss=loss, **clip)
 
 # %% ../nbs/40b_clipped_loss.ipynb #cliploss025
-def retraining_loss(
-    settings:dict, # of `retraining_settings`, or of a run
+def retraining_loss(settings:dict, # of `retraining_settings`, or of a run
 ) -> ClippedLoss|None: # None: the plain one
     "The loss that settings name"
     clip = {k: v for k,v in settings.items() if k.startswith('clip_')}
     return ClippedLoss(**clip) if settings.get('loss')=='clipped' else None
 
 # %% ../nbs/40b_clipped_loss.ipynb #cliploss028
-def wrong_labels(
-    mask:np.ndarray, # uint8 (H,W), 255 is ignored
+def wrong_labels(mask:np.ndarray, # uint8 (H,W), 255 is ignored
     num_classes:int, # C, without background
     share:float, # probability that the objects of a class are given another name
     rng:np.random.Generator, # numpy's random numbers
@@ -125,8 +117,7 @@ def wrong_labels(
 
 # %% ../nbs/40b_clipped_loss.ipynb #cliploss036
 @torch.no_grad()
-def show_clipped(
-    images:list, # photos, resized to the masks
+def show_clipped(images:list, # photos, resized to the masks
     masks:torch.Tensor, # (B,H,W) mask values
     logits:torch.Tensor, # (B,K,h,w) of the network, for these photos
     loss:ClippedLoss, # whose limits are drawn, for these photos as a batch

@@ -18,8 +18,7 @@ from .files import need_extra
 from .photos import noted, safe_name
 
 # %% ../nbs/01e_coco.ipynb #662bf5d3
-def find_coco(
-    root:str|Path, # folder of the data set
+def find_coco(root:str|Path, # folder of the data set
     split:str, # 'train' | 'val', or a part of a file's name such as 'val2017', 'default'
 )->tuple: # (JSON file, folder of the photos)
     "File and photos of a split; `DataError` names the splits that are there"
@@ -45,8 +44,7 @@ COCO_FIELDS = dict(images=dict(id=(int,str), file_name=str, width=int, height=in
                    annotations=dict(id=(int,str), image_id=(int,str), category_id=(int,str)))
 
 # %% ../nbs/01e_coco.ipynb #62c5a637
-def coco_entries(
-    js:object, # what the file holds
+def coco_entries(js:object, # what the file holds
     part:str, # 'images' | 'annotations' | 'categories'
     file:str|Path, # for messages
     bad:list=None, # for entries that cannot be used, see `noted`
@@ -72,8 +70,7 @@ def coco_entries(
     return sorted(good, key=lambda e: (isinstance(e['id'], str), e['id']))
 
 # %% ../nbs/01e_coco.ipynb #77a5bfbc
-def coco_images(
-    entries:list, # of images
+def coco_images(entries:list, # of images
     folder:Path, # of the photos
     file:str|Path, # for messages
     bad:list=None, # for images that cannot be used, see `noted`
@@ -99,8 +96,7 @@ def coco_images(
     return images, paths
 
 # %% ../nbs/01e_coco.ipynb #9166843e
-def coco_classes(
-    categories:list, # entries
+def coco_classes(categories:list, # entries
     annotations:list, # entries
     file:str|Path, # for messages
 )->list: # entries that are classes, ordered by id
@@ -117,8 +113,7 @@ def coco_classes(
     return classes
 
 # %% ../nbs/01e_coco.ipynb #2c9b0dbe
-def check_outline(
-    seg:object, # "segmentation" of an annotation
+def check_outline(seg:object, # "segmentation" of an annotation
     w:int, # width of the photo
     h:int, # height of the photo
 )->list|dict: # what pycocotools may be given
@@ -149,8 +144,7 @@ class CocoFile:
         file:str|Path, # JSON
         folder:str|Path, # of the photos
         crowd:str='ignore', # pixels of crowds: 'ignore' (255) or 'paint' (the class)
-        bad:list=None, # for entries that cannot be used, see `noted`
-    ):
+        bad:list=None): # for entries that cannot be used, see `noted`
         js, self.file, self.crowd = read_json(file), file, crowd
         images, annotations, categories = (coco_entries(js, p, file, bad)
                                            for p in ('images', 'annotations', 'categories'))
@@ -187,8 +181,7 @@ def read_labels(self:CocoFile,
     return found
 
 # %% ../nbs/01e_coco.ipynb #af6ef4f1
-def index_coco(
-    dataset:dict, # images, annotations, categories
+def index_coco(dataset:dict, # images, annotations, categories
 )->object: # `COCO` of pycocotools
     "Index of the entries; `DataError` without pycocotools"
     coco = need_extra('pycocotools.coco', 'coco').COCO()
@@ -197,8 +190,7 @@ def index_coco(
     return coco
 
 # %% ../nbs/01e_coco.ipynb #c6c860e0
-def annotation_region(
-    coco:CocoFile, # the file
+def annotation_region(coco:CocoFile, # the file
     a:dict, # one of its annotations
     im:dict, # entry of the image
 )->np.ndarray: # uint8 (H,W), 0 or 1
@@ -214,8 +206,7 @@ def annotation_region(
     return inside
 
 # %% ../nbs/01e_coco.ipynb #ed6d5559
-def coco_mask(
-    coco:CocoFile, # the file
+def coco_mask(coco:CocoFile, # the file
     id:str, # which image
     size:tuple=None, # (H,W) of its photo
 )->np.ndarray: # uint8 (H,W)

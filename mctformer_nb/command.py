@@ -18,8 +18,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self,
         prog:str, # name of the command
         about:str, # what it does, one sentence
-        *examples:str, # command lines
-    ):
+        *examples:str): # command lines
         shown = 'examples:\n' + '\n'.join(f'  {e}' for e in examples)
         super().__init__(prog, description=about, epilog=shown, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
@@ -33,8 +32,7 @@ class CommandParser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 # %% ../nbs/59_command.ipynb #5d0da05e
-def number(
-    kind:type, # int or float
+def number(kind:type, # int or float
     low:float, # smallest value
     high:float=None, # largest value
     above:bool=False, # low itself is not allowed
@@ -51,15 +49,13 @@ def number(
     return parse
 
 # %% ../nbs/59_command.ipynb #2228a9ae
-def comma_list(
-    kind:Callable=str, # of each item
+def comma_list(kind:Callable=str, # of each item
 ) -> Callable: # text -> list
     "Type of an argument: items separated by commas"
     return lambda text: [kind(v.strip()) for v in text.split(',') if v.strip()]
 
 # %% ../nbs/59_command.ipynb #dae7774f
-def layer_count(
-    text:str, # a number, or all
+def layer_count(text:str, # a number, or all
 ) -> int|None: # None: all
     "Type of an argument: number of layers K"
     return None if text=='all' else number(int, 1)(text)
@@ -71,8 +67,7 @@ _HINTS = {errno.EEXIST: 'A folder is needed there, so give another',
           **dict.fromkeys((errno.ENOSPC, errno.EDQUOT),
                           'Make room and run the same command again: it goes on where it stopped')}
 
-def user_error(
-    e:Exception, # what went wrong
+def user_error(e:Exception, # what went wrong
 ) -> str|None: # one line
     "What to tell about an exception that the user can do something about, else None"
     from mctformer_nb.core import DataError
@@ -83,8 +78,7 @@ def user_error(
     if isinstance(e, (DataError, OSError)): return ' '.join(str(e).split())
 
 # %% ../nbs/59_command.ipynb #050a739c
-def guarded(
-    parser:CommandParser, # of the command
+def guarded(parser:CommandParser, # of the command
     a:argparse.Namespace, # parsed arguments
     body:Callable, # a -> exit status or None
 ) -> int: # exit status
@@ -112,8 +106,7 @@ def is_follower() -> bool:
     return bool(os.environ.get('MASTER_ADDR')) and os.environ.get('RANK', '') not in ('', '0')
 
 # %% ../nbs/59_command.ipynb #0292ff42
-def run_command(
-    parser:CommandParser, # with all arguments
+def run_command(parser:CommandParser, # with all arguments
     argv:list, # words, None: the command line
     body:Callable, # a -> exit status or None
 ) -> int: # exit status
@@ -138,22 +131,19 @@ def run_command(
     return status
 
 # %% ../nbs/59_command.ipynb #51f2e743
-def arg(
-    *names:str, # '--epochs', or 'path' for one without a name
+def arg(*names:str, # '--epochs', or 'path' for one without a name
     **options, # of `add_argument`: type, default, help, ...
 ) -> tuple:
     "Declare one argument of a command"
     return names, options
 
 # %% ../nbs/59_command.ipynb #977d8d70
-def command(
-    *examples:str, # command lines for `--help`
+def command(*examples:str, # command lines for `--help`
     args:list=(), # from `arg`
 ) -> Callable: # decorator of a function of the parsed arguments
     "A shell command; its name and what it says about itself are the function's"
     def decorate(body):
-        def run(
-            argv:list=None, # arguments, default those of the shell
+        def run(argv:list=None, # arguments, default those of the shell
         ) -> int: # exit status
             parser = CommandParser(body.__name__, body.__doc__, *examples)
             for names,options in args: parser.add_argument(*names, **options)
@@ -164,11 +154,9 @@ def command(
     return decorate
 
 # %% ../nbs/59_command.ipynb #d2d3774b
-def hint(
-    a:argparse.Namespace, # parsed arguments; the command is noted in `a.next`
+def hint(a:argparse.Namespace, # parsed arguments; the command is noted in `a.next`
     command:str, # that comes next
-    **options, # of it; what is None is left out
-):
+    **options): # of it; what is None is left out
     "Print the command to go on with"
     words = [f'--{k.replace("_", "-")}' + ('' if v is True else f' {shlex.quote(str(v))}') for k,
              v in options.items() if v is not None]
@@ -176,23 +164,20 @@ def hint(
     print('next:', a.next)
 
 # %% ../nbs/59_command.ipynb #c0075f78
-def elapsed(
-    a:argparse.Namespace, # parsed arguments
+def elapsed(a:argparse.Namespace, # parsed arguments
 ) -> str:
     "Time since the command began, as people say it"
     s = time.monotonic()-a.start
     return f'{s:.0f} s' if s<100 else f'{s/60:.0f} min' if s<6000 else f'{s/3600:.1f} h'
 
 # %% ../nbs/59_command.ipynb #35f72a4f
-def problem_lines(
-    bad:list, # (id, problem)
+def problem_lines(bad:list, # (id, problem)
 ) -> list: # of text, no line twice
     "One line a problem, each with the name of what it is about"
     return list(dict.fromkeys(problem if str(id) in problem else f'{id}: {problem}' for id,problem in bad))
 
 # %% ../nbs/59_command.ipynb #3267365b
-def report_bad(
-    bad:list, # (id, problem)
+def report_bad(bad:list, # (id, problem)
 ) -> int: # exit status
     "List what could not be used"
     if not bad or is_follower(): return 0
@@ -203,8 +188,7 @@ def report_bad(
     return 1
 
 # %% ../nbs/59_command.ipynb #de1e2123
-def data_args(
-    split:str='train', # default of --split
+def data_args(split:str='train', # default of --split
     required:bool=True, # must --data be given?
     device:bool=True, # --device and --seed too?
 ) -> list: # of `arg`
@@ -221,8 +205,7 @@ def device_args() -> list: # of `arg`
             arg('--seed', type=number(int, 0), default=0, help='of everything random (default: 0)')]
 
 # %% ../nbs/59_command.ipynb #ca95bbe8
-def check_device(
-    name:str, # as a user gives it, or None
+def check_device(name:str, # as a user gives it, or None
 ) -> str|None: # the same
     "`DataError` if there is no such device here"
     import torch
@@ -235,8 +218,7 @@ def check_device(
     return name
 
 # %% ../nbs/59_command.ipynb #50cb8b52
-def training_data(
-    a:argparse.Namespace, # parsed arguments with data and skip_bad
+def training_data(a:argparse.Namespace, # parsed arguments with data and skip_bad
     split:str, # part of the data
 ) -> 'Dataset':
     "The data set of a training; with --skip-bad without what cannot be used, which is listed"
@@ -247,8 +229,7 @@ def training_data(
     return ds
 
 # %% ../nbs/59_command.ipynb #47bdc2e8
-def lr_factors(
-    pairs:list|dict, # ['head=10', 'blocks.0=0'], or a recipe's dict
+def lr_factors(pairs:list|dict, # ['head=10', 'blocks.0=0'], or a recipe's dict
 ) -> dict|None: # None for none
     "Learning rate factors by the beginning of parameter names. Raises `DataError`."
     from mctformer_nb.core import DataError

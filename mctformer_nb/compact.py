@@ -15,8 +15,7 @@ from .core import DataError, atomic_path, need, read_arrays, read_json
 
 # %% ../nbs/03a_compact.ipynb #2a3631ed
 @lru_cache(64)
-def bilinear_weights(
-    cells:int, # of the grid along one side
+def bilinear_weights(cells:int, # of the grid along one side
     pixels:int, # of the photo along it
 )->np.ndarray: # float32 (pixels,cells), rows sum to 1
     "What each cell of a grid counts for each pixel, along one side"
@@ -28,8 +27,7 @@ def bilinear_weights(
     return W
 
 # %% ../nbs/03a_compact.ipynb #c989ff53
-def enlarge(
-    maps:np.ndarray, # (k,h,w)
+def enlarge(maps:np.ndarray, # (k,h,w)
     size:tuple, # (H,W) of the photo
 )->np.ndarray: # float32 (k,H,W)
     "Bilinear, `align_corners=False`"
@@ -40,8 +38,7 @@ def enlarge(
 FORMS = dict(uint8=255, float16=1)  # how numbers are stored -> what the largest is
 
 # %% ../nbs/03a_compact.ipynb #2dac4182
-def pack(
-    maps:np.ndarray, # float (k,h,w)
+def pack(maps:np.ndarray, # float (k,h,w)
     form:str='uint8', # of `FORMS`
 )->tuple: # (k,h,w) in that form, float32 (k,2): least and largest value
     "Maps in few bits. Raises `DataError` for what is not a number."
@@ -52,8 +49,7 @@ def pack(
     return (np.rint(part) if form=='uint8' else part).astype(form), ends
 
 # %% ../nbs/03a_compact.ipynb #1b5eedbf
-def unpack(
-    packed:np.ndarray, # (k,h,w), from `pack`
+def unpack(packed:np.ndarray, # (k,h,w), from `pack`
     ends:np.ndarray, # float32 (k,2)
 )->np.ndarray: # float32 (k,h,w)
     "Maps as they were, up to rounding"
@@ -64,12 +60,10 @@ def unpack(
 INDEX = '_shards.json'  # the note in a folder of such files
 
 # %% ../nbs/03a_compact.ipynb #101b3882
-def save_compact(
-    path:str|Path, # shard-00012.npz
+def save_compact(path:str|Path, # shard-00012.npz
     found:list, # (id, classes (k,), [maps (k,h,w), one a scale], (H,W) of the photo), in the order of the rows
     report:dict=None, # how the shard went: written, empty, bad
-    form:str='uint8', # of the numbers
-):
+    form:str='uint8'): # of the numbers
     "Seeds of many photos as one file, atomically"
     packed = [[pack(m, form) for m in maps] for _,_,maps,_ in found]
     grids = [[*m.shape[1:]] for scales in packed for m,_ in scales]
@@ -88,8 +82,7 @@ def save_compact(
 class Shard:
     "The seeds in one file: `shard[id]`, `shard.ids`, `shard.report`"
     def __init__(self,
-        path:str|Path, # file of `save_compact`
-    ):
+        path:str|Path): # file of `save_compact`
         keys = 'classes', 'counts', 'sizes', 'grids', 'ends', 'values', 'names'
         self.path, arrays = Path(path), read_arrays(path, keys, 'shard of seeds', 'mct_seeds')
         self.classes, self.counts, self.sizes, self.grids, self.ends, self.values, names = arrays
@@ -111,8 +104,7 @@ class Shard:
         return c, [maps(s) for s in range(self.scale[i], self.scale[i+1])], tuple(self.sizes[i].tolist())
 
 # %% ../nbs/03a_compact.ipynb #1ab52753
-def photo_maps(
-    maps:list, # one a scale: (k,h,w)
+def photo_maps(maps:list, # one a scale: (k,h,w)
     size:tuple, # (H,W)
 )->np.ndarray: # float16 (k,H,W) in [0,1]
     "Maps of all scales enlarged, added, min-max per class, as `maps_to_photo` does it with torch"
@@ -125,8 +117,7 @@ def photo_maps(
 class CompactSeeds:
     "A folder of shards, by the ids of its photos"
     def __init__(self,
-        folder:str|Path, # with the note `INDEX`
-    ):
+        folder:str|Path): # with the note `INDEX`
         self.folder, self.about, self.where, self.opened = Path(folder), read_json(Path(folder)/INDEX), {}, {}
         for p in sorted(self.folder.glob('shard-*.npz')):
             ids, _ = json.loads(read_arrays(p, ('names',), 'shard of seeds', 'mct_seeds')[0].tobytes())
@@ -147,16 +138,14 @@ class CompactSeeds:
 @lru_cache(8)
 def _opened(folder, changed): return CompactSeeds(folder)
 
-def compact_seeds(
-    folder:str|Path, # of seeds, of either kind
+def compact_seeds(folder:str|Path, # of seeds, of either kind
 )->CompactSeeds|None: # None: one file a photo
     "The seeds of a folder of shards. What was opened before is kept as long as the folder does not change."
     folder = Path(folder)
     return _opened(folder, folder.stat().st_mtime_ns) if (folder/INDEX).is_file() else None
 
 # %% ../nbs/03a_compact.ipynb #25108aed
-def compact_seed(
-    path:str|Path, # of the file that a seed of its own would be: FOLDER/<id>.npz
+def compact_seed(path:str|Path, # of the file that a seed of its own would be: FOLDER/<id>.npz
 )->tuple|None: # classes (k,), maps float16 (k,H,W); None where no folder above is one of shards
     "The seed of one photo in a folder of shards. Raises `DataError` if it is not there."
     path = Path(path)

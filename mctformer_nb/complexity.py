@@ -19,8 +19,7 @@ from .mctformer import MCTformer
 from .vit import is_vit
 
 # %% ../nbs/15_complexity.ipynb #5d344808
-def complexity(
-    model:nn.Module, # an MCTformer, a baseline, or any network of images; it is copied to the meta device
+def complexity(model:nn.Module, # an MCTformer, a baseline, or any network of images; it is copied to the meta device
     image_size:int|tuple=224, # pixels, or (H,W)
 ) -> dict: # params, macs (linear + convolution), attention_macs (products inside attention)
     "Parameters, and multiply-adds of one image (Table 4 counts `macs`)."
@@ -34,8 +33,7 @@ def complexity(
     return dict(params=params, macs=(sum(flops.values()) - attention)//2, attention_macs=attention//2)
 
 # %% ../nbs/15_complexity.ipynb #ebca37d5
-def table_digits(
-    n:int, # a count
+def table_digits(n:int, # a count
     unit:int, # 10**6 or 10**9
 ) -> str:
     "`n` in units, rounded half up to two digits and then to one, as in the paper's Table 4."
@@ -57,8 +55,7 @@ def table4_models(
         return {v: make(v) for v in ([variant] if variant else ['v1', 'v2'])}
 
 # %% ../nbs/15_complexity.ipynb #962f63e3
-def info_table(
-    backbone:str|VisionTransformer='deit_small_patch16_224', # name of timm or of this package, or instance
+def info_table(backbone:str|VisionTransformer='deit_small_patch16_224', # name of timm or of this package, or instance
     variant:str=None, # 'v1', 'v2' or 'cam'; default all that the backbone can carry
     num_classes:int=20, # C
     image_size:int|tuple=224, # pixels, or (H,W)

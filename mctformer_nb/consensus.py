@@ -12,8 +12,7 @@ from .crf import refine_probs
 from .par import PAR
 
 # %% ../nbs/24a_consensus.ipynb #00608790
-def resize_maps(
-    maps:np.ndarray, # (K,H,W)
+def resize_maps(maps:np.ndarray, # (K,H,W)
     size:tuple, # (h,w) wanted
 ) -> np.ndarray: # float32 (K,h,w)
     "Maps, or the colours of a photo, at another size; bilinear"
@@ -21,8 +20,7 @@ def resize_maps(
     return F.interpolate(maps[None], size, mode='bilinear', align_corners=False)[0].numpy()
 
 # %% ../nbs/24a_consensus.ipynb #710f6b05
-def hard_labels(
-    maps:np.ndarray, # (k,H,W) in [0,1]
+def hard_labels(maps:np.ndarray, # (k,H,W) in [0,1]
     image:np.ndarray, # uint8 (H,W,3), RGB
     background:float, # its score
     refine:dict=PAR, # parameters for `refine_probs`; None: no refinement
@@ -40,8 +38,7 @@ def hard_labels(
     return resize_maps(p, size).argmax(0)
 
 # %% ../nbs/24a_consensus.ipynb #bfebb0cf
-def consensus(
-    maps:np.ndarray, # (k,H,W) in [0,1], of the classes that are present; k may be 0
+def consensus(maps:np.ndarray, # (k,H,W) in [0,1], of the classes that are present; k may be 0
     image:np.ndarray, # uint8 (H,W,3), RGB
     low:float=.25, # background score below which all is background (ToCo)
     high:float=.7, # background score above which all is foreground (ToCo)

@@ -22,15 +22,13 @@ VOC_CLASSES = '''aeroplane bicycle bird boat bottle bus car cat chair cow dining
 pottedplant sheep sofa train tvmonitor'''.split()
 
 # %% ../nbs/00_core.ipynb #16e9541b
-def colorize(
-    mask:np.ndarray, # (H,W) of mask values
+def colorize(mask:np.ndarray, # (H,W) of mask values
 )->np.ndarray: # uint8 (H,W,3)
     "A mask in the colours of `voc_palette`"
     return voc_palette()[np.asarray(mask, np.uint8)]
 
 # %% ../nbs/00_core.ipynb #39e94f34
-def overlay(
-    image:Image.Image|np.ndarray, # RGB photo
+def overlay(image:Image.Image|np.ndarray, # RGB photo
     mask:np.ndarray, # (h,w) of mask values, any size
     alpha:float=.55, # weight of the colour against the photo
 )->Image.Image: # RGB, size of the photo
@@ -42,11 +40,9 @@ def overlay(
     return Image.fromarray(np.where(mask[...,None]>0, mixed, photo).astype(np.uint8))
 
 # %% ../nbs/00_core.ipynb #2a25adb1
-def legend(
-    ax:object, # matplotlib axis
+def legend(ax:object, # matplotlib axis
     mask:np.ndarray, # (H,W) of mask values
-    classes:list, # foreground names, mask value 1 first
-):
+    classes:list): # foreground names, mask value 1 first
     "Name the colours of `mask` under the axis"
     from matplotlib.patches import Patch
     names = {i+1: str(c) for i,c in enumerate(classes)} | {255: 'ignored'}
@@ -62,8 +58,7 @@ def _as_png(fig):
     fig.savefig(buf, format='png', dpi=max(fig.dpi, 100), bbox_inches='tight')
     return buf.getvalue()
 
-def new_figure(
-    size:tuple, # (width, height) in inches
+def new_figure(size:tuple, # (width, height) in inches
     dpi:int=72, # of the file it is saved to
 )->object: # matplotlib figure
     "A figure that needs no closing, and that a notebook shows"
@@ -76,9 +71,7 @@ def new_figure(
 #| exporti
 
 # %% ../nbs/00_core.ipynb #feca8f2e
-def set_seed(
-    seed:int=0, # any integer
-):
+def set_seed(seed:int=0): # any integer
     "Seed python, numpy and torch (all devices)"
     import torch
     random.seed(seed)
@@ -94,21 +87,17 @@ class _Lines:
     def flush(self): pass
 
 @contextmanager
-def log_progress(
-    seconds:float=30, # between two lines
-):
+def log_progress(seconds:float=30): # between two lines
     "Within the block, `progress` writes lines to stderr where there is no terminal"
     before, _Lines.every = _Lines.every, seconds
     try: yield
     finally: _Lines.every = before
 
 # %% ../nbs/00_core.ipynb #23f70376
-def progress(
-    iterable:object, # what to walk through
+def progress(iterable:object, # what to walk through
     desc:str='', # words before the bar
     total:int=None, # number of steps, if `iterable` has no length
-    force:bool=False, # draw even when stderr is not a terminal
-):
+    force:bool=False): # draw even when stderr is not a terminal
     "`tqdm` over `iterable`, quiet when nobody watches; lines within `log_progress`"
     watched = force or sys.stderr.isatty()
     if watched or not _Lines.every: return tqdm(iterable, desc=desc, total=total, disable=not watched, file=sys.stderr)

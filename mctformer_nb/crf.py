@@ -37,8 +37,7 @@ def need_pydensecrf(
                                                  'or take PAR, or do without the CRF')
 
 # %% ../nbs/24_crf.ipynb #ec0d62fa
-def crf_model(
-    image:np.ndarray, # uint8 (H,W,3), writable
+def crf_model(image:np.ndarray, # uint8 (H,W,3), writable
     probs:np.ndarray, # float32 (k,H,W), above 0
     gaussian:tuple=(3, 3), # sxy in pixels, compat
     bilateral:tuple=(80, 13, 10), # sxy in pixels, srgb in grey levels, compat
@@ -51,8 +50,7 @@ def crf_model(
     return d
 
 # %% ../nbs/24_crf.ipynb #49956733
-def dense_crf(
-    image:np.ndarray, # uint8 (H,W,3), RGB
+def dense_crf(image:np.ndarray, # uint8 (H,W,3), RGB
     probs:np.ndarray, # (K,H,W) in [0,1], any scale per pixel; rows that never rise above `floor` are left out
     iterations:int=10, # mean-field updates
     gaussian:tuple=(3, 3), # sxy in pixels, compat; defaults are `LABEL_CRF`
@@ -71,8 +69,7 @@ def dense_crf(
     return out
 
 # %% ../nbs/24_crf.ipynb #5dbc81ee
-def dense_crfs(
-    image:np.ndarray, # uint8 (H,W,3), RGB
+def dense_crfs(image:np.ndarray, # uint8 (H,W,3), RGB
     probs:list, # of (K,H,W) in [0,1], as for `dense_crf`
     iterations:int=10, # mean-field updates
     gaussian:tuple=(3, 3), # sxy in pixels, compat; defaults are `LABEL_CRF`
@@ -98,8 +95,7 @@ def dense_crfs(
     return out
 
 # %% ../nbs/24_crf.ipynb #c6243ea4
-def refine_probs(
-    image:np.ndarray, # uint8 (H,W,3), RGB
+def refine_probs(image:np.ndarray, # uint8 (H,W,3), RGB
     probs:list, # of (K,H,W) in [0,1], sets of maps of one photo
     crf:dict=LABEL_CRF, # parameters of `dense_crf`, or of `par`
 ) -> list: # of float32 (K,H,W), each sums to 1 over K
@@ -139,8 +135,7 @@ PSA_ALPHAS = 4, 32  # of PSA's code
 PSA_PAPER_ALPHAS = 4, 24  # of PSA's text
 
 # %% ../nbs/24_crf.ipynb #06f224cc
-def add_background(
-    maps:np.ndarray, # (k,H,W) in [0,1]; k may be 0
+def add_background(maps:np.ndarray, # (k,H,W) in [0,1]; k may be 0
     alpha:float, # exponent
 ) -> np.ndarray: # float32 (k+1,H,W), background first
     "Put the row (1 - max map)^alpha in front of the maps"
@@ -148,8 +143,7 @@ def add_background(
     return np.concatenate([(1-maps.max(0, keepdims=True, initial=0))**alpha, maps])       # (k,H,W) -> (k+1,H,W)
 
 # %% ../nbs/24_crf.ipynb #e415515d
-def write_label(
-    alphas:tuple, # low and high exponent of the background
+def write_label(alphas:tuple, # low and high exponent of the background
     crf:dict, # parameters for `refine_probs`
     path:str|Path, # file to write, `<id>.npz`
     item:tuple, # photo, classes (k,), maps (k,H,W): see `read_photo_seed`
@@ -161,8 +155,7 @@ def write_label(
     return len(classes)
 
 # %% ../nbs/24_crf.ipynb #3a109ed5
-def crf_labels(
-    seeds:str|Path, # folder of seed files
+def crf_labels(seeds:str|Path, # folder of seed files
     ds:'Dataset', # their photos
     out:str|Path, # folder of label files
     alphas:tuple=REFERENCE_ALPHAS, # low and high exponent of the background
@@ -183,8 +176,7 @@ def crf_labels(
     return run_stage(files, ds.ids, partial(read_photo_seed, ds, seeds), partial(write_label, alphas, how), work=work)
 
 # %% ../nbs/24_crf.ipynb #deb34954
-def refined_mask(
-    image:np.ndarray, # uint8 (H,W,3)
+def refined_mask(image:np.ndarray, # uint8 (H,W,3)
     labels:np.ndarray, # (k,) mask values of the rows
     probs:np.ndarray, # (k,H,W) in [0,1]
     crf:dict=SEG_CRF, # parameters for `refine_probs`; None: only the argmax
@@ -194,8 +186,7 @@ def refined_mask(
     return np.asarray(labels).astype(np.uint8)[np.argmax(probs, 0)]
 
 # %% ../nbs/24_crf.ipynb #4ba230dd
-def show_crf_labels(
-    ds:'Dataset', # photos
+def show_crf_labels(ds:'Dataset', # photos
     folder:str|Path, # their label files
     seeds:str|Path=None, # folder of seeds, to show beside them
     n:int=3, # photos, the first that have a label file

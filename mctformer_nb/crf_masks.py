@@ -19,8 +19,7 @@ from .runs import plain
 from .stage import Output, Work, run_stage
 
 # %% ../nbs/32_crf_masks.ipynb #278e5d7b
-def seed_probs(
-    maps:np.ndarray, # (k,H,W) in [0,1]
+def seed_probs(maps:np.ndarray, # (k,H,W) in [0,1]
     background:float=.4, # constant score of the background
     sharpness:float=10., # of the softmax
 ) -> np.ndarray: # float32 (k+1,H,W), background first, sums to 1
@@ -30,8 +29,7 @@ def seed_probs(
     return e/e.sum(0)
 
 # %% ../nbs/32_crf_masks.ipynb #0b6e265e
-def write_crf_mask(
-    how:dict, # background, sharpness, crf
+def write_crf_mask(how:dict, # background, sharpness, crf
     path:Path, # file to write
     item:tuple, # photo, classes, maps, as `read_photo_seed` gives them
 ) -> int: # number of classes
@@ -42,8 +40,7 @@ def write_crf_mask(
     return len(classes)
 
 # %% ../nbs/32_crf_masks.ipynb #5b1241dd
-def make_crf_masks(
-    seeds:str|Path, # folder of seed files
+def make_crf_masks(seeds:str|Path, # folder of seed files
     ds:'Dataset', # the photos
     out:str|Path, # folder of masks, `<id>.png`
     background:float|str|Path=.4, # score of the background, or the JSON file of `mct_score --json`

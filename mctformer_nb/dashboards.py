@@ -36,8 +36,7 @@ class Numbers(Callback):
 DASHBOARDS = 'tensorboard', 'wandb'
 
 # %% ../nbs/53_dashboards.ipynb #d32f674f
-def dashboard(
-    to:str|None, # one of `DASHBOARDS`; None: no callback
+def dashboard(to:str|None, # one of `DASHBOARDS`; None: no callback
     run:str|Path, # run folder
     project:str='mctformer_nb', # of Weights & Biases
 ) -> list: # of callbacks, for `cbs=`

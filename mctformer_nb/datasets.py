@@ -181,8 +181,7 @@ def readable(self:Dataset
 def show_batch(self:Dataset,
     n:int=8, # most images to show
     cols:int=4, # pictures in a row
-    masks:bool=True, # lay the masks over the photos, where they exist
-):
+    masks:bool=True): # lay the masks over the photos, where they exist
     "Draw the first photos with their labels and masks"
     import matplotlib.pyplot as plt
     n = min(n, len(self))
@@ -198,8 +197,7 @@ def show_batch(self:Dataset,
     fig.tight_layout()
 
 # %% ../nbs/02_datasets.ipynb #a5395bf8
-def compare_masks(
-    ds:Dataset, # with masks
+def compare_masks(ds:Dataset, # with masks
     ids:list, # images to look at
     bad:list=None, # for masks and labels that cannot be read, see `noted`
 )->tuple: # int (3,256): masks with a value, those with known labels, those with its label; masks; is 255 there?
@@ -247,8 +245,7 @@ def check_masks(self:Dataset,
 def _scene(size, split, seed, id): return draw_scene(int(id.rsplit('_',1)[1]), size=size, split=split, seed=seed)
 
 # %% ../nbs/02_datasets.ipynb #ece59470
-def read_scene(
-    args:tuple, # size, split, seed
+def read_scene(args:tuple, # size, split, seed
     what:str, # 'image' | 'size' | 'labels' | 'mask'
     id:str, # ends in the number of the scene
     size:tuple=None, # not used: what `Dataset.mask` expects
@@ -260,8 +257,7 @@ def read_scene(
         for v in np.unique(mask).tolist() if v]
 
 # %% ../nbs/02_datasets.ipynb #e5165f24
-def mini_dataset(
-    split:str='train', # 'train' | 'val'
+def mini_dataset(split:str='train', # 'train' | 'val'
     n:int=None, # number of scenes, default 1000 for training and 200 for scoring
     size:int=96, # side in pixels
     seed:int=0, # another seed is another data set
@@ -279,8 +275,7 @@ def _problems(on_bad):
     return [] if on_bad=='skip' else None
 
 # %% ../nbs/02_datasets.ipynb #bf96d874
-def voc_dataset(
-    path:str|Path, # folder VOC2012, or one around it
+def voc_dataset(path:str|Path, # folder VOC2012, or one around it
     split:str='train', # 'train' | 'val' | 'trainval' | 'trainaug', or any list in ImageSets/Segmentation
     on_bad:str='raise', # a line of the list that cannot be used: 'raise', or 'skip' it and note it in `bad`
 )->Dataset: # classes: the devkit's 20, or the lines of PATH/classes.txt
@@ -299,8 +294,7 @@ def voc_dataset(
                    has_masks=any((masks/f'{id}.png').is_file() for id in ids), bad=bad or [], notes=notes, files=files)
 
 # %% ../nbs/02_datasets.ipynb #bdb81189
-def mask_colours(
-    path:str|Path, # labelmap.txt
+def mask_colours(path:str|Path, # labelmap.txt
     classes:list, # names
 )->dict|None: # {(r,g,b): mask value}; None without such a file
     "Which colour of a mask is which class"
@@ -309,8 +303,7 @@ def mask_colours(
     return {rgb: value[n] if n in value else 0 for n,rgb in read_labelmap(path).items() if n in value or is_no_class(n)}
 
 # %% ../nbs/02_datasets.ipynb #fcc537d1
-def coco_dataset(
-    path:str|Path, # folder with annotations/instances_*.json and the photos in train2014/, val2014/
+def coco_dataset(path:str|Path, # folder with annotations/instances_*.json and the photos in train2014/, val2014/
     split:str='train', # 'train' | 'val': of 2014 if it is there, else of 2017; or a name such as 'val2017'
     crowd:str='ignore', # pixels of crowds: 'ignore' (255) or 'paint' (the class)
     keep_unlabelled:bool=None, # keep images without label? default: not in train
@@ -330,8 +323,7 @@ def coco_dataset(
                    bad=bad or [], notes=notes, files=files)
 
 # %% ../nbs/02_datasets.ipynb #09723dc6
-def find_labels(
-    root:Path, # folder of the data set
+def find_labels(root:Path, # folder of the data set
     index:PhotoIndex, # finds the photos
     classes:list=None, # names from classes.txt
     bad:list=None, # for lines that cannot be used, see `noted`
@@ -352,8 +344,7 @@ def find_labels(
                       "photos into a folder for each class")
 
 # %% ../nbs/02_datasets.ipynb #f1d3541d
-def read_split(
-    root:Path, # folder of the data set
+def read_split(root:Path, # folder of the data set
     split:str, # name of a list in `splits`, 'all', or 'train' for what no list claims
     index:PhotoIndex, # finds the photos
     bad:list=None, # for lines that cannot be used, see `noted`
@@ -375,8 +366,7 @@ def read_split(
     return list(seen) if split in lists else [id for id in photos if id not in seen]
 
 # %% ../nbs/02_datasets.ipynb #61e2f750
-def folder_masks(
-    root:Path, # folder of the data set
+def folder_masks(root:Path, # folder of the data set
     classes:list, # names
     photos:dict, # {id: path} of all photos
     notes:list, # grows by sentences on what was understood
@@ -402,8 +392,7 @@ def folder_masks(
     return read
 
 # %% ../nbs/02_datasets.ipynb #012187cf
-def folder_dataset(
-    path:str|Path, # folder with images/ and labels.csv
+def folder_dataset(path:str|Path, # folder with images/ and labels.csv
     split:str='train', # a list in splits/; 'all': every photo; 'train' without a list: what no other list claims
     on_bad:str='raise', # a line or photo that cannot be used: 'raise', or 'skip' it and note it in `bad`
 )->Dataset: # photos without a line in labels.csv are kept, with no labels
@@ -431,8 +420,7 @@ def folder_dataset(
 # %% ../nbs/02_datasets.ipynb #758e4850
 @patch
 def warn_of_order(self:Dataset,
-    n:int=24, # most masks to look at
-):
+    n:int=24): # most masks to look at
     """Warn, also in `notes`, if the first masks contradict the image labels, see `check_masks`;
     masks that cannot be read are passed over"""
     ids = []
@@ -446,8 +434,7 @@ def warn_of_order(self:Dataset,
         warnings.warn(str(e), stacklevel=4)
 
 # %% ../nbs/02_datasets.ipynb #adccad7e
-def later_room(
-    name:str, # of a module
+def later_room(name:str, # of a module
 )->ModuleType:
     "A module for very large data, which stands apart from the story of the paper: loaded when it is asked for"
     return import_module(f'mctformer_nb.{name}')

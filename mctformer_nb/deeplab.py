@@ -37,8 +37,7 @@ from .training_files import read_photo_mask
 from .views import InputSpec, rgb_tensor
 
 # %% ../nbs/41_deeplab.ipynb #8914563e
-def crop_view(
-    image:Image.Image, # RGB photo
+def crop_view(image:Image.Image, # RGB photo
     mask:np.ndarray, # uint8 mask of the whole photo, of any size; 255 is ignored
     crop:int=321, # side of the result, pixels
     scale:float=1., # of the photo before cropping
@@ -59,8 +58,7 @@ def crop_view(
     return (x.flip(-1), y.flip(-1)) if mirror else (x, y)
 
 # %% ../nbs/41_deeplab.ipynb #e395a1a8
-def random_view(
-    image:Image.Image, # RGB photo
+def random_view(image:Image.Image, # RGB photo
     mask:np.ndarray, # uint8, as in `crop_view`
     crop:int=321, # reference
     scales:tuple=(.7, 1.3), # reference
@@ -98,8 +96,7 @@ class MaskedPhotos(EpochSamples):
         masks:str|Path=None, # see `find_masks`
         seed:int=0, # of the views
         spec:InputSpec=InputSpec(), # what the network expects
-        **options, # of `Samples`: crop, scales, flip, image_size, cache, on_bad
-    ):
+        **options): # of `Samples`: crop, scales, flip, image_size, cache, on_bad
         self.ds, self.masks, self.spec, self.how = ds, masks, spec, Samples(**options).check()
         super().__init__(seed, self.how.on_bad, self.how.cache)
         self.ids, self.missing = find_masks(ds, masks)
@@ -113,8 +110,7 @@ class MaskedPhotos(EpochSamples):
         return random_view(image, mask, crop, scales, flip, self.spec)
 
 # %% ../nbs/41_deeplab.ipynb #cc421898
-def segment_loaders(
-    masks:str|Path, # see `find_masks`
+def segment_loaders(masks:str|Path, # see `find_masks`
     ds:Dataset, # to train on
     valid:Dataset=None, # with ground truth, for loss and mIoU after each epoch
     batch_size:int=4, # reference; of all processes together
@@ -130,8 +126,7 @@ def segment_loaders(
     return recipe_loaders(MaskedPhotos(ds, masks, seed, spec, **options), whole, batch_size, workers, seed, device, 1)
 
 # %% ../nbs/41_deeplab.ipynb #3696703e
-def show_segment_batch(
-    dls:DataLoaders, # from `segment_loaders`
+def show_segment_batch(dls:DataLoaders, # from `segment_loaders`
     n:int=6, # samples
     epoch:int=0, # whose random numbers
 ) -> Figure:
@@ -147,8 +142,7 @@ def show_segment_batch(
 class SegmentLoss:
     "Mean cross entropy of logits (B,C+1,h,w) and masks (B,H,W); 0 for masks of 255. `counted`: pixels of the last call"
     def __init__(self,
-        at:str='labels', # 'labels': enlarge the logits (reference); 'logits': reduce the masks
-    ):
+        at:str='labels'): # 'labels': enlarge the logits (reference); 'logits': reduce the masks
         need(at in ('labels', 'logits'), 'loss', f'cannot be taken at {at!r}', "Choose 'labels' or 'logits'")
         self.at, self.counted = at, None
     def __call__(self, logits, target):
@@ -164,8 +158,7 @@ class MeanIoU(Metric):
     "mIoU in % over background and classes; `per_class` has the IoU of each, NaN for one that does not occur"
     shared = 'conf',
     def __init__(self,
-        num_classes:int, # C, without background
-    ):
+        num_classes:int): # C, without background
         self.n = num_classes+1
         self.reset()
     def reset(self): self.conf = np.zeros((self.n, self.n), np.int64)
@@ -224,8 +217,7 @@ RECIPES = dict(
 )
 
 # %% ../nbs/41_deeplab.ipynb #r3c1pe00
-def segment_recipe(
-    optimizer:str='reference', # key of `RECIPES`
+def segment_recipe(optimizer:str='reference', # key of `RECIPES`
     **options, # fields of `SegmentRecipe`; None: as the recipe has it
 ) -> SegmentRecipe:
     "A recipe by name, changed as wanted. Raises `DataError`."
@@ -233,8 +225,7 @@ def segment_recipe(
     return replace(RECIPES[optimizer], **{k: v for k,v in options.items() if v is not None})
 
 # %% ../nbs/41_deeplab.ipynb #33d5174e
-def segment_learner(
-    dls:DataLoaders, # from `segment_loaders`
+def segment_learner(dls:DataLoaders, # from `segment_loaders`
     model:nn.Module, # of `segment_network`, moved to the device of `dls`
     optimizer:str='reference', # key of `RECIPES`: 'reference', 'sgd', 'weaktr', or 'adamw' for a ViT
     accumulate:int=1, # batches a step
@@ -255,8 +246,7 @@ def segment_learner(
     return recipe_learner(dls, model, loss, make, groups, cbs, r.lr, r.amp, metrics=miou)
 
 # %% ../nbs/41_deeplab.ipynb #73a168ca
-def segment_options(
-    options:dict, # {name: value}
+def segment_options(options:dict, # {name: value}
 ) -> tuple: # for `segment_loaders`, `segment_learner`, `segment_network`; and what decides the result as plain values
     "The options of `train_segment` by the function that takes them. Raises `DataError` for an unknown one."
     ours = 'valid seed device spec loss_func num_classes name make'.split()
@@ -271,8 +261,7 @@ def segment_options(
     return load, learn, net | dict(decoder=later.get('decoder', 'fov')), settings
 
 # %% ../nbs/41_deeplab.ipynb #bd1cc65f
-def note_dilation(
-    dilation:int, # of LargeFOV; a mask transformer has none, 0
+def note_dilation(dilation:int, # of LargeFOV; a mask transformer has none, 0
     grid:int, # cells along a side of a training sample
 ) -> list: # of lines, one at most
     "LargeFOV's outer taps at (dilation, dilation) must fall on the grid, or only the middle ones see features"
@@ -281,8 +270,7 @@ def note_dilation(
             f'{max(1, round(.3*grid))} would fit (--dilation)']
 
 # %% ../nbs/41_deeplab.ipynb #ab0ut000
-def describe_training(
-    dls:DataLoaders, # from `segment_loaders`
+def describe_training(dls:DataLoaders, # from `segment_loaders`
     model:nn.Module, # to be trained
 ) -> list: # of lines
     "What is to be known about data and network before a training"
@@ -292,8 +280,7 @@ def describe_training(
     return lines + [lost]*bool(data.missing) + note_dilation(model.config.get('dilation', 0), grid)
 
 # %% ../nbs/41_deeplab.ipynb #57ecb4fe
-def train_segment(
-    masks:str|Path, # see `find_masks`; those of `ds` itself give the fully supervised upper bound
+def train_segment(masks:str|Path, # see `find_masks`; those of `ds` itself give the fully supervised upper bound
     ds:Dataset, # photos to train on
     out:str|Path='runs/deeplab', # run folder
     valid:Dataset=None, # with ground truth, the same classes: loss and mIoU after each epoch, best one kept
@@ -319,8 +306,7 @@ def train_segment(
     return fit_run(out, epochs, settings, make, save, config, 'miou' if valid else None, seed, about=about, **run)
 
 # %% ../nbs/41_deeplab.ipynb #4e0bfe81
-def show_segment_results(
-    model:DeepLab, # trained
+def show_segment_results(model:DeepLab, # trained
     ds:Dataset, # photos to look at
     items:list=None, # positions or ids, default the first ones
     n:int=6, # photos, if `items` is not given

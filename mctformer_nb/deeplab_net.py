@@ -24,8 +24,7 @@ class LargeFOV(nn.Sequential):
         channels:int, # D
         num_classes:int, # C, without background
         width:int=512, # channels between the two convolutions (reference)
-        dilation:int=12, # cells between taps of both (reference)
-    ):
+        dilation:int=12): # cells between taps of both (reference)
         conv = partial(nn.Conv2d, kernel_size=3, padding=dilation, dilation=dilation)
         super().__init__(conv(channels, width), nn.ReLU(inplace=True), conv(width, num_classes+1))
         for layer in (self[0], self[2]):
@@ -42,8 +41,7 @@ class DeepLab(nn.Module):
         pretrained:bool|str|Path=False, # weights of the backbone: True timm's hub, a path that file
         width:int=512, # of the head (reference)
         dilation:int=12, # of the head (reference)
-        **backbone_args, # of `DenseBackbone`, e.g. output_stride
-    ):
+        **backbone_args): # of `DenseBackbone`, e.g. output_stride
         super().__init__()
         named = isinstance(backbone, str)
         self.backbone = DenseBackbone(backbone, pretrained=pretrained, **backbone_args) if named else backbone
@@ -63,8 +61,7 @@ RUN_KINDS['deeplab'] = RunKind(
     dict(num_classes=int, backbone=str, backbone_args=dict, width=int, dilation=int, classes=list), 'mct_segment_train')
 
 # %% ../nbs/40_deeplab_net.ipynb #1791d53a
-def save_segment(
-    model:DeepLab, # any
+def save_segment(model:DeepLab, # any
     folder:str|Path, # run folder, made if needed
     classes:list=None, # foreground names
     **config, # more to remember: image_size, crop, ...
@@ -76,8 +73,7 @@ def save_segment(
 SEGMENT_KINDS = 'deeplab', 'segmenter' # of runs that are segmentation networks; the next notebook has the other
 
 # %% ../nbs/40_deeplab_net.ipynb #1da222a4
-def load_segment(
-    folder:str|Path, # run folder of `save_segment`
+def load_segment(folder:str|Path, # run folder of `save_segment`
     backbone:nn.Module=None, # only for a backbone of your own
     num_classes:int=None, # raise unless the run has this many classes
 ) -> tuple: # (network in eval mode, configuration)
@@ -85,8 +81,7 @@ def load_segment(
     return load_run(folder, backbone, num_classes, kind=SEGMENT_KINDS)
 
 # %% ../nbs/40_deeplab_net.ipynb #92c136e5
-def shorter_side(
-    image:Image.Image, # photo
+def shorter_side(image:Image.Image, # photo
     side:int=None, # pixels; None: its own
 ) -> Image.Image: # the same photo where nothing changes
     "The photo with its shorter side at `side` pixels"
@@ -95,8 +90,7 @@ def shorter_side(
 
 # %% ../nbs/40_deeplab_net.ipynb #2dbfd612
 @torch.no_grad()
-def predict_mask(
-    model:DeepLab, # in eval mode
+def predict_mask(model:DeepLab, # in eval mode
     image:Image.Image, # RGB photo
     image_size:int=None, # shorter side for the network, as in training; default its own
 ) -> np.ndarray: # uint8 (H,W) at the size of the photo
@@ -107,8 +101,7 @@ def predict_mask(
     return logits[0].argmax(0).byte().cpu().numpy()                            # (1,C+1,H,W) -> (H,W)
 
 # %% ../nbs/40_deeplab_net.ipynb #decf3346
-def show_pictures(
-    columns:list, # of dicts {title: picture}
+def show_pictures(columns:list, # of dicts {title: picture}
     classes:list, # foreground names, for the key of the masks' colours
     values:list=None, # mask values to name; default the first twenty classes and 255
     side:float=1.4, # inches a picture

@@ -38,8 +38,7 @@ DEMO_MAPS = dict( # name -> variant, kind, refined?, row of Table 5
     V2_fused_affinity=('v2', 'fused', True, 'MCTformer-V2 (Attention + PatchCAM + PatchAffinity)'))
 
 # %% ../nbs/52_demo.ipynb #b1c2fd89
-def paper_miou(
-    name:str, # key of `DEMO_MAPS`
+def paper_miou(name:str, # key of `DEMO_MAPS`
 ) -> float|None: # mIoU on PASCAL VOC train, percent; None where the paper has no number
     "The number of a kind of map in the paper's Table 5"
     return PAPER['5']['rows'].get(DEMO_MAPS[name][3], (None,))[0]
@@ -50,8 +49,7 @@ DEMO_RECIPE = dict(backbone='mct_tiny_patch8_96', pretrained=True, batch_size=32
                    lr_mult=dict(blocks=.1, patch_embed=.1, cls_token=5, pos_embed_cls=5))
 
 # %% ../nbs/52_demo.ipynb #de18b566
-def train_both(
-    ds:Dataset, # data to train on
+def train_both(ds:Dataset, # data to train on
     valid:Dataset, # data for mAP after each epoch
     out:str|Path, # run folders are `out/v1` and `out/v2`
     epochs:int=12, # passes over `ds`
@@ -67,8 +65,7 @@ def train_both(
 DEMO_SEEDS = dict(layers=None, scales=(1, 1.5), batch_size=32) # options of `extract_seeds`: all blocks, two sizes
 
 # %% ../nbs/52_demo.ipynb #10d7ecc9
-def score_maps(
-    runs:dict, # {'v1': folder, 'v2': folder}, see `train_both`
+def score_maps(runs:dict, # {'v1': folder, 'v2': folder}, see `train_both`
     ds:Dataset, # data with masks
     out:str|Path, # seeds go to `out/<name of the map>`
     device:str=None, # default cuda where there is one
@@ -83,8 +80,7 @@ def score_maps(
     return {name: sweep_threshold(Path(out)/name, ds) for name in DEMO_MAPS}
 
 # %% ../nbs/52_demo.ipynb #0187d65d
-def score_rows(
-    results:dict, # from `score_maps`
+def score_rows(results:dict, # from `score_maps`
 ) -> list[dict]: # map, mIoU, FP, FN (percent), threshold, paper
     "One row per kind of map, at its best threshold"
     rows = []
@@ -95,8 +91,7 @@ def score_rows(
     return rows
 
 # %% ../nbs/52_demo.ipynb #5e067729
-def figure5(
-    ds:Dataset, # data with masks
+def figure5(ds:Dataset, # data with masks
     seeds:str|Path, # folder of seed folders, see `score_maps`
     n:int=6, # rows: the first images with at least two classes
 ) -> Figure:
@@ -127,8 +122,7 @@ DEMO_SECOND = dict( # options of `train_affinity`, `make_masks`, `train_segment`
     infer=dict(scales=(1,), flip=True))
 
 # %% ../nbs/52_demo.ipynb #f92433d0
-def run_second_half(
-    run:str|Path, # run folder of V2
+def run_second_half(run:str|Path, # run folder of V2
     ds:Dataset, # scenes with masks, for scores and the upper bound only
     val:Dataset, # unseen scenes
     out:str|Path, # seeds, labels, masks and both segmentation runs go there
@@ -151,8 +145,7 @@ def run_second_half(
     return [dict(step=n, miou=round(float(v), 2), where=w, paper=p) for n,v,w,p in found]
 
 # %% ../nbs/52_demo.ipynb #580e6a51
-def chain_figure(
-    ds:Dataset, # training scenes
+def chain_figure(ds:Dataset, # training scenes
     val:Dataset, # unseen scenes
     out:str|Path, # folder of `run_second_half`
     n:int=5, # scenes of each
@@ -175,8 +168,7 @@ def chain_figure(
     return fig
 
 # %% ../nbs/52_demo.ipynb #a58e66f8
-def story_figure(
-    ds:Dataset, # training scenes
+def story_figure(ds:Dataset, # training scenes
     out:str|Path, # folder of `run_second_half`
     n:int=3, # rows: the first scenes with two labels
 ) -> Figure:
@@ -200,8 +192,7 @@ def story_figure(
     return fig
 
 # %% ../nbs/52_demo.ipynb #ph0t0002
-def photo_figure(
-    out:str|Path, # folder of `predict_photos`
+def photo_figure(out:str|Path, # folder of `predict_photos`
     photo:str|Path=None, # default: the one in the package
     device:str=None, # default cuda where there is one
 ): # matplotlib figure
@@ -241,8 +232,7 @@ compare the order, not the height.</p>
 {%- for k,v in notes.items() %}<li>{{k|replace('_', ' ')}}: {{v}}</li>{% endfor %}</ul></html>''', autoescape=True)
 
 # %% ../nbs/52_demo.ipynb #b5d0865d
-def write_report(
-    out:str|Path, # folder with `figures/*.png`; `report.html` is written there
+def write_report(out:str|Path, # folder with `figures/*.png`; `report.html` is written there
     rows:list, # from `score_rows`
     steps:list, # from `run_second_half`
     notes:dict, # what was run, shown as a list
@@ -291,8 +281,7 @@ class DemoScenes:
     unseen:int=100 # others, for the mAP while training and the segmentation
 
 # %% ../nbs/52_demo.ipynb #7656f785
-def run_demo(
-    out:str|Path, # folder for `report.html`, `metrics.json`, `figures/`, and the runs and seeds behind them
+def run_demo(out:str|Path, # folder for `report.html`, `metrics.json`, `figures/`, and the runs and seeds behind them
     seed:int=0, # of training
     epochs:int=12, # passes over the training scenes
     options:dict=DEMO_SECOND, # of the second half, see `run_second_half`

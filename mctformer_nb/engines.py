@@ -15,8 +15,7 @@ from .files import need_extra
 from .shards import SeedJob, SeedWorker, job_report, run_job, shards_done
 
 # %% ../nbs/82_engines.ipynb #5fa87ea0
-def run_array(
-    job:SeedJob, # what to do
+def run_array(job:SeedJob, # what to do
     tasks:int=2, # of the array, each with the network
     cluster:str='slurm', # 'slurm', or 'local': processes of this machine
     rounds:int=3, # how often the array is submitted, if all of its tasks were lost
@@ -40,8 +39,7 @@ def run_array(
 class RayWorker:
     "An actor: shard numbers in, shard numbers out, files on the way"
     def __init__(self,
-        job:SeedJob, # what to do
-    ):
+        job:SeedJob): # what to do
         for k in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR'): os.environ.pop(k, None)      # Ray is who counts here
         self.worker = SeedWorker(job)
     def __call__(self, batch):
@@ -50,8 +48,7 @@ class RayWorker:
         return batch
 
 # %% ../nbs/82_engines.ipynb #8be8351f
-def run_ray(
-    job:SeedJob, # what to do
+def run_ray(job:SeedJob, # what to do
     actors:int=2, # each with the network
     gpus:float=None, # of each actor; default 1 where the job's device is not the CPU and this machine has one
     **options, # of `ray.init`, if Ray does not run yet: address, num_cpus, ...
@@ -75,8 +72,7 @@ def run_ray(
 ENGINES = dict(here=run_job, slurm=run_array, local=partial(run_array, cluster='local'), ray=run_ray)
 
 # %% ../nbs/82_engines.ipynb #e888b199
-def run_on(
-    job:SeedJob, # what to do
+def run_on(job:SeedJob, # what to do
     engine:str='here', # of `ENGINES`
     workers:int=None, # tasks or actors; of torchrun: its own number
     overwrite:bool=False, # throw away what is there

@@ -18,8 +18,7 @@ from .views import input_spec, to_input
 from .vit import capture_qk
 
 # %% ../nbs/46_explore.ipynb #bda75575
-def map_losses(
-    seeds:str|Path, # folder of `<id>.npz`
+def map_losses(seeds:str|Path, # folder of `<id>.npz`
     ds:Dataset, # photos; with masks the loss is measured, without it is guessed
     threshold:float=.4, # background score
     margin:float=.1, # without masks: distance to the threshold that counts as undecided
@@ -39,13 +38,11 @@ def map_losses(
     return sorted(found.items(), key=lambda f: -f[1])
 
 # %% ../nbs/46_explore.ipynb #b746c190
-def show_map(
-    ax:object,             # matplotlib axes
-    image:Image.Image,     # RGB photo
-    m:np.ndarray=None,     # (h,w) scores in [0,1], laid over the photo; None: the photo alone
-    title:str='',          # above it
-    interpolation:str=None, # of a map that is smaller than the photo, as matplotlib names it
-):
+def show_map(ax:object, # matplotlib axes
+    image:Image.Image, # RGB photo
+    m:np.ndarray=None, # (h,w) scores in [0,1], laid over the photo; None: the photo alone
+    title:str='', # above it
+    interpolation:str=None): # of a map that is smaller than the photo, as matplotlib names it
     "A map over its photo, without ticks"
     ax.imshow(image, alpha=1 if m is None else .6)
     extent = (-.5, image.size[0]-.5, image.size[1]-.5, -.5)                           # map pixels as large as the photo
@@ -54,8 +51,7 @@ def show_map(
     ax.set_title(title, fontsize=8)
 
 # %% ../nbs/46_explore.ipynb #7af126f9
-def plot_top_losses(
-    seeds:str|Path, # folder of `<id>.npz`
+def plot_top_losses(seeds:str|Path, # folder of `<id>.npz`
     ds:Dataset, # photos
     n:int=4, # of the worst
     threshold:float=.4, # background score
@@ -80,8 +76,7 @@ def plot_top_losses(
 
 # %% ../nbs/46_explore.ipynb #4ce4bc9c
 @torch.no_grad()
-def head_maps(
-    model:torch.nn.Module, # an MCTformer
+def head_maps(model:torch.nn.Module, # an MCTformer
     image:Image.Image, # RGB photo
     classes:list=None, # class indices, default all
     size:int=None, # short side the model sees, in pixels; default the photo's own
@@ -98,8 +93,7 @@ def head_maps(
     return torch.stack(attn)[..., num_prefix(model):].unflatten(-1, patches.shape[-2:]).cpu() # (L,H,c,M) -> (L,H,c,h,w)
 
 # %% ../nbs/46_explore.ipynb #6e043414
-def plot_layers(
-    image:Image.Image, # RGB photo
+def plot_layers(image:Image.Image, # RGB photo
     maps:torch.Tensor, # (L,H,h,w): one class of `head_maps`
     heads:bool=True, # a row for each head; else their mean
     side:float=1.1, # inches a picture
@@ -115,13 +109,12 @@ def plot_layers(
     return fig
 
 # %% ../nbs/46_explore.ipynb #9f2c3302
-def plot_cut(
-    image:Image.Image, # RGB photo
+def plot_cut(image:Image.Image, # RGB photo
     maps:torch.Tensor, # (L,H,h,w): one class of `head_maps`
-    titles:tuple,      # over the photo, over the map
-    threshold:float,   # background score
-    axs:object=None,   # three matplotlib axes, new ones when None
-) -> float:            # share of the pixels above the threshold
+    titles:tuple, # over the photo, over the map
+    threshold:float, # background score
+    axs:object=None, # three matplotlib axes, new ones when None
+) -> float: # share of the pixels above the threshold
     "Photo, the mean of the maps, and the photo where that mean is above the threshold"
     import matplotlib.pyplot as plt
     if axs is None: axs = plt.subplots(1, 3, figsize=(7.5, 2.6), dpi=72, layout='constrained')[1]
@@ -135,8 +128,7 @@ def plot_cut(
     return float(above.mean())
 
 # %% ../nbs/46_explore.ipynb #f9e717b7
-def explore(
-    model:torch.nn.Module, # an MCTformer
+def explore(model:torch.nn.Module, # an MCTformer
     image:Image.Image, # RGB photo
     names:list, # of all classes of the model
     classes:list=None, # class indices to offer, default those with the three highest scores

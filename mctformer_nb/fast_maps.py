@@ -26,13 +26,12 @@ from .views import input_spec
 from .vit import capture_qk
 
 # %% ../nbs/21a_fast_maps.ipynb #2147a50d
-def affinity_apply(
-    q:Tensor,    # queries of one layer (B,H,N,d), class tokens first
-    k:Tensor,    # keys of the same layer (B,H,N,d)
+def affinity_apply(q:Tensor, # queries of one layer (B,H,N,d), class tokens first
+    k:Tensor, # keys of the same layer (B,H,N,d)
     maps:Tensor, # maps to refine (B,c,M), one value a patch
-    C:int,       # number of tokens in front of the patches
+    C:int, # number of tokens in front of the patches
     scale:float, # factor on q.k before the softmax (the layer's own, 1/sqrt(d))
-) -> Tensor:     # refined maps (B,c,M), float32
+) -> Tensor: # refined maps (B,c,M), float32
     "Eq. 3 and 7 for one layer: head-mean patch-to-patch attention times the maps; no N x N matrix is stored"
     q, k, maps = q.float(), k.float(), maps.float()
     (B, H, N, d), out = q.shape, []
@@ -47,10 +46,9 @@ def affinity_apply(
 
 # %% ../nbs/21a_fast_maps.ipynb #dd68a23a
 @contextmanager
-def one_buffer(
-    blocks:nn.Sequential, # of the model
-    qk:dict,              # what `capture_qk` yields, not filled yet
-):                        # yields nothing; `qk` then holds parts of one tensor (layers,2,B,H,N,d)
+def one_buffer(blocks:nn.Sequential, # of the model
+    qk:dict, # what `capture_qk` yields, not filled yet
+): # yields nothing; `qk` then holds parts of one tensor (layers,2,B,H,N,d)
     "Move captured queries and keys into one buffer, layer by layer, so that the values can be freed"
     buffer, handles = [], []
     def move(row, layer):
@@ -65,15 +63,14 @@ def one_buffer(
 
 # %% ../nbs/21a_fast_maps.ipynb #0f577a1b
 @torch.no_grad()
-def attend_rows(
-    q:Tensor,     # queries (B,H,N,d)
-    k:Tensor,     # keys (B,H,N,d)
-    v:Tensor,     # values (B,H,N,d)
-    scale:float,  # factor on q.k before the softmax
+def attend_rows(q:Tensor, # queries (B,H,N,d)
+    k:Tensor, # keys (B,H,N,d)
+    v:Tensor, # values (B,H,N,d)
+    scale:float, # factor on q.k before the softmax
     sums:list=(), # matrices (B,N,N), float32, to which the head-mean attention is added
-    top:int=0,    # how many first rows of the head mean to return, C for the class tokens'
+    top:int=0, # how many first rows of the head mean to return, C for the class tokens'
     rows:int=128, # rows a block
-) -> tuple:       # attention times values (B,H,N,d), and the first rows (B,top,N), float32
+) -> tuple: # attention times values (B,H,N,d), and the first rows (B,top,N), float32
     "Eq. 1 times the values by blocks of rows, the head-mean attention added up on the way"
     (B, H, N, d), t = q.shape, torch.promote_types(q.dtype, torch.float32)
     q3, k3, v3 = (x.to(t).reshape(B*H, N, d) for x in (q, k, v))            # (B,H,N,d) -> (B*H,N,d)
@@ -96,8 +93,7 @@ class AttentionSums(TorchFunctionMode):
     def __init__(self,
         C:int, # tokens in front of the patches, class tokens first
         layers:tuple=(), # layers whose class-to-patch rows are kept
-        groups:tuple=(), # tuples of layers; the patch-to-patch attention of each is added up
-    ):
+        groups:tuple=()): # tuples of layers; the patch-to-patch attention of each is added up
         super().__init__()
         self.C, self.layers, self.groups = C, set(layers), [tuple(g) for g in groups]
         self.rows, self.totals, self.layer = {}, {}, 0
@@ -116,11 +112,10 @@ class AttentionSums(TorchFunctionMode):
     def sums(self): return {g: t[:, self.C:, self.C:] for g,t in self.totals.items()} # (B,N,N) -> (B,M,M)
 
 # %% ../nbs/21a_fast_maps.ipynb #a0eb085c
-def use_rows(
-    model:nn.Module, # an MCTformer
-    x:Tensor,        # images (B,3,H,W)
-    groups:list,     # groups of layers whose affinities are wanted
-    attention:str,   # 'auto' | 'fused' | 'rows'
+def use_rows(model:nn.Module, # an MCTformer
+    x:Tensor, # images (B,3,H,W)
+    groups:list, # groups of layers whose affinities are wanted
+    attention:str, # 'auto' | 'fused' | 'rows'
 ) -> bool:
     "Shall attention be computed by blocks of rows? Raises `DataError` where it cannot"
     need(attention in ATTENTION, f'attention {attention!r}', 'unknown', f"Use one of {', '.join(map(repr, ATTENTION))}")
@@ -132,13 +127,12 @@ def use_rows(
 
 # %% ../nbs/21a_fast_maps.ipynb #eeaf2b72
 @torch.no_grad()
-def attention_pass(
-    model:nn.Module,        # an MCTformer
-    x:Tensor,               # images (B,3,H,W)
-    classes:list,           # class indices
-    layers:list,            # layers whose class rows are wanted
-    groups:list,            # tuples of layers whose affinities are wanted
-    attention:str='auto',   # 'auto' | 'fused' | 'rows'
+def attention_pass(model:nn.Module, # an MCTformer
+    x:Tensor, # images (B,3,H,W)
+    classes:list, # class indices
+    layers:list, # layers whose class rows are wanted
+    groups:list, # tuples of layers whose affinities are wanted
+    attention:str='auto', # 'auto' | 'fused' | 'rows'
 ) -> tuple: # patch tokens (B,D,h,w), {layer: class rows (B,c,M)}, function (group, maps (B,c,h,w)) -> refined maps
     "One forward pass, and all that maps need of it. Raises `DataError`"
     P, L, scales = num_prefix(model), len(model.blocks), [b.attn.scale for b in model.blocks]
@@ -157,13 +151,12 @@ def attention_pass(
     return f, {l: class_to_patch(q[l], k[l], P, scales[l], classes) for l in layers}, spread
 
 # %% ../nbs/21a_fast_maps.ipynb #30363099
-def maps_from_pass(
-    model:nn.Module, # an MCTformer
-    m:Maps,          # the kind of map
-    K:int,           # fused layers
-    classes:list,    # class indices
-    found:tuple,     # what `attention_pass` gave
-) -> Tensor:         # (B,c,h,w)
+def maps_from_pass(model:nn.Module, # an MCTformer
+    m:Maps, # the kind of map
+    K:int, # fused layers
+    classes:list, # class indices
+    found:tuple, # what `attention_pass` gave
+) -> Tensor: # (B,c,h,w)
     "One kind of map from a pass that is over (Eq. 2, 3, 6 and 7)"
     (f, rows, spread), L = found, len(model.blocks)
     attn = None if m.kind == 'patchcam' else fuse_layers([rows[l] for l in range(L-K, L)], f.shape[-2:], m.rule)
@@ -174,14 +167,13 @@ def maps_from_pass(
 
 # %% ../nbs/21a_fast_maps.ipynb #4e797bfa
 @torch.no_grad()
-def localize_kinds(
-    model:nn.Module,       # an MCTformer, or a baseline
-    x:Tensor,              # images (B,3,H,W), normalised by `input_spec(model)`, H and W multiples of the patch size
-    wanted:list,           # for each kind of map a `Maps`, or a dict of its fields
-    classes:list=None,     # class indices to compute, default all
-    attention:str='auto',  # 'fused' | 'rows' | 'auto', see above
+def localize_kinds(model:nn.Module, # an MCTformer, or a baseline
+    x:Tensor, # images (B,3,H,W), normalised by `input_spec(model)`, H and W multiples of the patch size
+    wanted:list, # for each kind of map a `Maps`, or a dict of its fields
+    classes:list=None, # class indices to compute, default all
+    attention:str='auto', # 'fused' | 'rows' | 'auto', see above
     affinity:OtherAffinity|nn.Module=None, # refine by this network's patches; the maps then have its grid
-) -> list:                 # for each of `wanted` (B,C or len(classes),h,w), as `localize` gives it
+) -> list: # for each of `wanted` (B,C or len(classes),h,w), as `localize` gives it
     "Several kinds of localization maps from one forward pass. Raises `DataError` as `localize` does."
     wanted = [m if isinstance(m, Maps) else Maps(**m) for m in wanted]
     Ks, idx = zip(*(check_request(model, m.kind, m.layers, m.rule, classes, attention) for m in wanted))
@@ -197,16 +189,15 @@ def localize_kinds(
     return [maps_from_pass(model, m, K, idx[0], found) for m,K in zip(wanted, Ks)]
 
 # %% ../nbs/21a_fast_maps.ipynb #e6a06926
-def localize_fast(
-    model:nn.Module,       # an MCTformer, or a baseline
-    x:Tensor,              # images (B,3,H,W), normalised by `input_spec(model)`, H and W multiples of the patch size
-    kind:str='fused',      # 'attn' | 'patchcam' | 'fused'; of a baseline, one of its `kinds`
-    layers:int=3,          # K of Eq. 2, None for all
-    refine:bool=True,      # patch affinity, Eq. 3 and 7
-    rule:str='reference',  # 'reference' | 'paper' | 'plus'
-    classes:list=None,     # class indices to compute, default all
-    **options,             # attention, affinity of `localize_kinds`
-) -> Tensor:               # (B,C or len(classes),h,w)
+def localize_fast(model:nn.Module, # an MCTformer, or a baseline
+    x:Tensor, # images (B,3,H,W), normalised by `input_spec(model)`, H and W multiples of the patch size
+    kind:str='fused', # 'attn' | 'patchcam' | 'fused'; of a baseline, one of its `kinds`
+    layers:int=3, # K of Eq. 2, None for all
+    refine:bool=True, # patch affinity, Eq. 3 and 7
+    rule:str='reference', # 'reference' | 'paper' | 'plus'
+    classes:list=None, # class indices to compute, default all
+    **options, # attention, affinity of `localize_kinds`
+) -> Tensor: # (B,C or len(classes),h,w)
     "The maps of `localize`, with less memory and time. Raises `DataError` as that does."
     return localize_kinds(model, x, [Maps(kind, layers, refine, rule)], classes, **options)[0]
 
@@ -214,8 +205,7 @@ def localize_fast(
 PRECISIONS = 'float32', 'bf16', 'fp16', 'int8'
 
 # %% ../nbs/21a_fast_maps.ipynb #140260e2
-def eight_bits(
-    model:nn.Module, # with transformer blocks, on a CPU
+def eight_bits(model:nn.Module, # with transformer blocks, on a CPU
 ) -> nn.Module: # a copy in evaluation mode; what is not a block is shared with `model`
     "The model with 8-bit linear layers in its blocks. Raises `DataError` where that is not possible"
     device = next(model.parameters()).device.type
@@ -232,10 +222,9 @@ def eight_bits(
 
 # %% ../nbs/21a_fast_maps.ipynb #aa014924
 @contextmanager
-def at_precision(
-    model:nn.Module,          # an MCTformer, or a baseline
-    precision:str='float32',  # 'float32' | 'bf16' | 'fp16' (autocast) | 'int8' (linear layers of the blocks, CPU only)
-):                            # yields a model that computes so; the given one is not changed
+def at_precision(model:nn.Module, # an MCTformer, or a baseline
+    precision:str='float32', # 'float32' | 'bf16' | 'fp16' (autocast) | 'int8' (linear layers of the blocks, CPU only)
+): # yields a model that computes so; the given one is not changed
     "A model at lower precision inside the `with` block. Raises `DataError`."
     fix = f"Use one of {', '.join(map(repr, PRECISIONS))}"
     need(precision in PRECISIONS, f'precision {precision!r}', 'unknown', fix)
@@ -245,8 +234,7 @@ def at_precision(
         with torch.autocast(next(model.parameters()).device.type, kind): yield model
 
 # %% ../nbs/21a_fast_maps.ipynb #aa2c69c0
-def fast_precisions(
-    model:nn.Module, # an MCTformer, or a baseline
+def fast_precisions(model:nn.Module, # an MCTformer, or a baseline
 ) -> list: # some of `PRECISIONS`
     "Precisions for which the model's device has instructions"
     device, has = next(model.parameters()).device.type, lambda name: getattr(torch.cpu, name, bool)()
@@ -255,12 +243,11 @@ def fast_precisions(
     return ['float32'] + ['bf16']*bf16 + ['int8']*hasattr(model, 'blocks')
 
 # %% ../nbs/21a_fast_maps.ipynb #8fb37313
-def choose_precision(
-    model:nn.Module,  # an MCTformer, or a baseline
-    x:Tensor,         # images (B,3,H,W) as they will come; the first one's corner is used
+def choose_precision(model:nn.Module, # an MCTformer, or a baseline
+    x:Tensor, # images (B,3,H,W) as they will come; the first one's corner is used
     seconds:float=.5, # of the trial, about
-    gain:float=.1,    # share of the time that a step to fewer bits must save
-) -> str:             # one of `PRECISIONS`
+    gain:float=.1, # share of the time that a step to fewer bits must save
+) -> str: # one of `PRECISIONS`
     "The fastest precision for this model on this processor, by trial"
     names, took, side = fast_precisions(model), {}, 14*model.patch_size
     easy = Maps(getattr(model, 'kinds', ['attn'])[0], 1)

@@ -21,30 +21,25 @@ class DataError(ValueError):
     def __init__(self,
         where:object, # file, folder or spec at fault; or the whole message
         problem:str=None, # what is wrong with it
-        fix:str=None, # what to do
-    ):
+        fix:str=None): # what to do
         super().__init__(str(where) if problem is None else f'{where}: {problem}. {fix}.')
 
 # %% ../nbs/001_files.ipynb #ebb01831
-def need(
-    ok:object, # what must hold
+def need(ok:object, # what must hold
     where:object, # file, folder or spec at fault
     problem:str, # what is wrong with it
-    fix:str, # what to do
-):
+    fix:str): # what to do
     "Raise `DataError(where, problem, fix)` unless `ok`"
     if not ok: raise DataError(where, problem, fix)
 
 # %% ../nbs/001_files.ipynb #bf1727ec
-def describe_error(
-    e:BaseException, # what was raised
+def describe_error(e:BaseException, # what was raised
 )->str: # one line
     "Message of a `DataError`, else 'Type: text'"
     return str(e) if isinstance(e, DataError) else f'{type(e).__name__}: {e}'
 
 # %% ../nbs/001_files.ipynb #b695016a
-def need_extra(
-    name:str, # of a module
+def need_extra(name:str, # of a module
     extra:str='', # the extra of this package that brings it
     fix:str='', # what else to do
 )->ModuleType:
@@ -54,8 +49,7 @@ def need_extra(
     raise DataError(name, why, fix or f'Install it with: pip install "mctformer_nb[{extra}]"')
 
 # %% ../nbs/001_files.ipynb #afd5db2f
-def read_text(
-    path:str|Path, # UTF-8, or UTF-16 with its mark
+def read_text(path:str|Path, # UTF-8, or UTF-16 with its mark
 )->str: # without the mark
     "Text of a file; `DataError` if it is missing or in another encoding"
     try:
@@ -69,8 +63,7 @@ def read_text(
     return text
 
 # %% ../nbs/001_files.ipynb #8622eb67
-def read_lines(
-    path:str|Path, # text file
+def read_lines(path:str|Path, # text file
 )->list: # [(line number, text)]
     "The lines of a text file that are not empty, stripped; `DataError` as from `read_text`"
     return [(i, l.strip()) for i,l in enumerate(read_text(path).splitlines(), 1) if l.strip()]
@@ -103,8 +96,7 @@ def warn_unlocked():
 
 # %% ../nbs/001_files.ipynb #5a0fd1cb
 @contextmanager
-def folder_lock(
-    folder:str|Path, # made if needed; removed again if the block fails and left it empty
+def folder_lock(folder:str|Path, # made if needed; removed again if the block fails and left it empty
     shared:bool=False, # others may share it too, but nobody have it alone
     wait:float=2, # seconds until giving up: others may hold it for a moment, to tidy up
 ): # yields whether it is certain: False where the system has no locks
@@ -130,8 +122,7 @@ def folder_lock(
 
 # %% ../nbs/001_files.ipynb #5b1c7d01
 @contextmanager
-def temporary_folder(
-    parent:str|Path, # made if needed
+def temporary_folder(parent:str|Path, # made if needed
 ): # yields the path of the folder
     "A new hidden folder in `parent`, held while the block runs, removed at its end"
     Path(parent).mkdir(parents=True, exist_ok=True)
@@ -144,9 +135,7 @@ def temporary_folder(
 
 # %% ../nbs/001_files.ipynb #c43409bd
 @contextmanager
-def atomic_path(
-    path:str|Path, # the file to write; its folder is created
-):
+def atomic_path(path:str|Path): # the file to write; its folder is created
     "A temporary path beside `path`: moved there when the block ends well, removed when it fails"
     path = Path(path)
     # torch and safetensors have errors of their own for it
@@ -161,11 +150,9 @@ def atomic_path(
         raise OSError(f'{path}: could not be written to its end, perhaps the disk is full ({why})') from e
 
 # %% ../nbs/001_files.ipynb #460704d8
-def sweep_temporaries(
-    folder:str|Path, # to clean
+def sweep_temporaries(folder:str|Path, # to clean
     below:bool=True, # the folders below it too
-    age:float=60, # seconds; where the system has no locks, younger ones may be in use
-):
+    age:float=60): # seconds; where the system has no locks, younger ones may be in use
     "Remove the temporary folders that killed processes left behind"
     for tmp in Path(folder).glob('**/.tmp-*' if below else '.tmp-*'):
         try:
@@ -188,8 +175,7 @@ def _read_npy(z, info, limit):
         return np.ndarray(shape, dtype, bytearray(f.read()), order='F' if by_column else 'C')
 
 # %% ../nbs/001_files.ipynb #a0e79500
-def read_arrays(
-    path:str|Path, # .npz file
+def read_arrays(path:str|Path, # .npz file
     names:tuple, # of the arrays
     what:str='array', # kind of file, for messages
     maker:str=None, # command that writes such files, for messages
@@ -210,8 +196,7 @@ def read_arrays(
         raise DataError(path, f'is not a readable {what} file ({type(e).__name__}: {str(e)[:80]})', again) from None
 
 # %% ../nbs/001_files.ipynb #aa827a94
-def to_json(
-    o:object, # dicts, lists, numbers, strings; numpy arrays, tuples, sets and paths too
+def to_json(o:object, # dicts, lists, numbers, strings; numpy arrays, tuples, sets and paths too
 )->object: # the same as dicts, lists, numbers and strings
     "What JSON knows of `o`; NaN and infinities become None"
     if isinstance(o, dict): return {str(k): to_json(v) for k,v in o.items()}
@@ -221,17 +206,14 @@ def to_json(
     return o if o is None or isinstance(o, (str,int)) else str(o)
 
 # %% ../nbs/001_files.ipynb #52a5a58d
-def write_json(
-    path:str|Path, # file to write
-    obj:object, # what `to_json` takes
-):
+def write_json(path:str|Path, # file to write
+    obj:object): # what `to_json` takes
     "Write `obj` as readable JSON, atomically"
     text = json.dumps(to_json(obj), indent=1, ensure_ascii=False)
     with atomic_path(path) as p: p.write_text(text+'\n', encoding='utf-8')
 
 # %% ../nbs/001_files.ipynb #eb028aab
-def read_json(
-    path:str|Path, # file to read
+def read_json(path:str|Path, # file to read
 )->object: # its content
     "Read JSON; `DataError` where it is missing or broken"
     try: return json.loads(Path(path).read_text(encoding='utf-8-sig'))

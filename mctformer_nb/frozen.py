@@ -27,8 +27,7 @@ from .views import input_spec, rgb_tensor
 import mctformer_nb.baselines, mctformer_nb.plus          # the other variants
 
 # %% ../nbs/16_frozen.ipynb #248a93e5
-def frozen_network(
-    name:str='tf_efficientnet_lite0', # of a CNN or ViT in timm
+def frozen_network(name:str='tf_efficientnet_lite0', # of a CNN or ViT in timm
     pretrained:bool|str|Path='packaged', # True: timm's hub; 'packaged': this package's; a path: a file; False: random
     **options, # of timm.create_model
 ) -> nn.Module: # in evaluation mode, without gradients, with `input_spec`
@@ -45,8 +44,7 @@ def frozen_network(
     return net.eval().requires_grad_(False)
 
 # %% ../nbs/16_frozen.ipynb #0eedeadb
-def load_frozen(
-    net:nn.Module, # changed in place
+def load_frozen(net:nn.Module, # changed in place
     path:str|Path, # weight file
 ) -> nn.Module: # the same
     "Weights of a file, all but those of a classifier. Raises `DataError` that names what is missing."
@@ -63,8 +61,7 @@ def load_frozen(
     return net
 
 # %% ../nbs/16_frozen.ipynb #35b8bee0
-def frozen_precision(
-    precision:str='auto', # 'float32', 'bf16', or 'auto'
+def frozen_precision(precision:str='auto', # 'float32', 'bf16', or 'auto'
     device:str='cpu', # of the network
 ) -> str: # 'float32' or 'bf16'
     "Bits of a frozen network: bf16 on a GPU, and on a CPU that has instructions for it"
@@ -74,8 +71,7 @@ def frozen_precision(
     return 'bf16' if str(device) != 'cpu' or onednn_bf16() else 'float32'
 
 # %% ../nbs/16_frozen.ipynb #5146bc95
-def at_bits(
-    precision:str, # from `frozen_precision`
+def at_bits(precision:str, # from `frozen_precision`
     device:str='cpu', # of the network
 ): # context manager
     "Inside the block a network computes with these bits"
@@ -83,8 +79,7 @@ def at_bits(
 
 # %% ../nbs/16_frozen.ipynb #cc01832d
 @torch.no_grad()
-def frozen_features(
-    net:nn.Module, # from `frozen_network`
+def frozen_features(net:nn.Module, # from `frozen_network`
     x:torch.Tensor, # (B,3,H,W), normalised for it; any size
 ) -> torch.Tensor: # (B,D,h,w)
     "Features on their grid"
@@ -138,8 +133,7 @@ class FrozenCAM(nn.Module):
 VARIANTS['frozen'] = FrozenCAM
 
 # %% ../nbs/16_frozen.ipynb #d61a22e8
-def pooled_features(
-    net:nn.Module, # from `frozen_network`, moved to the device
+def pooled_features(net:nn.Module, # from `frozen_network`, moved to the device
     ds:Dataset, # photos
     out:str|Path, # folder of `<id>.npy`, float16 (D,) each
     image_size:int=320, # side of the square that a photo is resized to, in pixels
@@ -168,8 +162,7 @@ def pooled_features(
     return np.stack([np.load(folder.path(ds.ids[i])) for i in at]).astype(np.float32), at
 
 # %% ../nbs/16_frozen.ipynb #f4a544bd
-def fit_logistic(
-    X:np.ndarray, # (n,D) features
+def fit_logistic(X:np.ndarray, # (n,D) features
     Y:np.ndarray, # (n,C) multi-hot labels
     strength:float=1e3, # lambda, on standardised features
     steps:int=100, # of L-BFGS at most
@@ -196,8 +189,7 @@ def fit_logistic(
 STRENGTHS = (30., 100., 300., 1000., 3000., 10000.)
 
 # %% ../nbs/16_frozen.ipynb #8e09975d
-def choose_strength(
-    X:np.ndarray, # (n,D)
+def choose_strength(X:np.ndarray, # (n,D)
     Y:np.ndarray, # (n,C)
     strengths:tuple=STRENGTHS, # to choose from
     folds:int=5, # of the cross-validation
@@ -217,8 +209,7 @@ def choose_strength(
     return strengths[int(np.argmin(losses))], losses
 
 # %% ../nbs/16_frozen.ipynb #23c428e9
-def head_scores(
-    X:np.ndarray, # (n,D) features
+def head_scores(X:np.ndarray, # (n,D) features
     Y:np.ndarray, # (n,C) labels
     W:torch.Tensor, # (C,D)
     b:torch.Tensor, # (C,)
@@ -232,8 +223,7 @@ def head_scores(
 RUN_FILES = 'model.safetensors', 'config.json', 'history.csv'
 
 # %% ../nbs/16_frozen.ipynb #a78989f5
-def is_finished(
-    out:Path, # run folder
+def is_finished(out:Path, # run folder
     settings:dict, # plain values, all that decides the result
 ) -> bool:
     "Is this very run there? Raises `DataError` if it is another one."
@@ -245,8 +235,7 @@ def is_finished(
     return True
 
 # %% ../nbs/16_frozen.ipynb #ab31c9d2
-def labelled(
-    ds:Dataset, # any
+def labelled(ds:Dataset, # any
     log:Callable=lambda text: None, # receives how the files were understood
 ) -> Dataset: # fewer images
     "The images whose labels are known, among them those that show no class. Raises `DataError` if none shows one."
@@ -257,8 +246,7 @@ def labelled(
     return known
 
 # %% ../nbs/16_frozen.ipynb #f4ef3998
-def train_frozen(
-    ds:Dataset, # to train on; only its image-level labels are used
+def train_frozen(ds:Dataset, # to train on; only its image-level labels are used
     valid:Dataset=None, # the same classes, for the mAP
     out:str|Path='runs/frozen', # run folder
     backbone:str='tf_efficientnet_lite0', # timm name of a CNN or ViT

@@ -13,8 +13,7 @@ from torch import nn
 
 # %% ../nbs/10a_fused_cnn.ipynb #fuse0006
 @torch.no_grad()
-def fold_norm(
-    conv:nn.Conv2d, # changed in place
+def fold_norm(conv:nn.Conv2d, # changed in place
     norm:nn.Module, # BatchNorm behind it, in evaluation mode; it may hold an activation
 ) -> nn.Sequential: # what is left of the norm
     "The convolution takes over factor and shift of the norm"
@@ -26,8 +25,7 @@ def fold_norm(
     return nn.Sequential(*(m for m in rest if isinstance(m, nn.Module) and type(m) is not nn.Identity))
 
 # %% ../nbs/10a_fused_cnn.ipynb #fuse0009
-def fold_norms(
-    net:nn.Module, # in evaluation mode; changed in place
+def fold_norms(net:nn.Module, # in evaluation mode; changed in place
 ) -> nn.Module: # the same
     "Convolutions take over the BatchNorm that is registered behind them"
     for parent in list(net.modules()):
@@ -69,8 +67,7 @@ class FusedConv(nn.Conv2d):
         return self.kept[dtype]
 
 # %% ../nbs/10a_fused_cnn.ipynb #fuse0015
-def fuse_activations(
-    net:nn.Module, # from `fold_norms`; changed in place
+def fuse_activations(net:nn.Module, # from `fold_norms`; changed in place
 ) -> nn.Module: # the same
     "Convolutions that took over a norm become `FusedConv`, with the activation that the norm left"
     for parent in list(net.modules()):
@@ -86,8 +83,7 @@ def fuse_activations(
 
 # %% ../nbs/10a_fused_cnn.ipynb #fuse0021
 @torch.no_grad()
-def ready(
-    net:nn.Module, # x -> features or logits, in evaluation mode; a classifier of this package stays as it is
+def ready(net:nn.Module, # x -> features or logits, in evaluation mode; a classifier of this package stays as it is
 ) -> nn.Module: # a copy that computes the same, faster; itself on a GPU, or without a norm
     "A network prepared to look at many photos"
     p = next(net.parameters())

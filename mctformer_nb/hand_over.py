@@ -29,8 +29,7 @@ from .photos import noted, read_labelmap
 IGNORED = 'ignored'
 
 # %% ../nbs/70_hand_over.ipynb #0ef097c0
-def label_names(
-    ds:Dataset, # its classes
+def label_names(ds:Dataset, # its classes
 ) -> dict: # {name: mask value}
     "Labels that a person can paint with: the classes, and `IGNORED`. Raises `DataError` for a class of that name."
     need(IGNORED not in ds.classes, ds.name, f'has a class {IGNORED!r}, which means pixels that do not count',
@@ -38,15 +37,13 @@ def label_names(
     return {c: v for v,c in enumerate(ds.classes, 1)} | {IGNORED: 255}
 
 # %% ../nbs/70_hand_over.ipynb #99f5c821
-def label_colours(
-    ds:Dataset, # its classes
+def label_colours(ds:Dataset, # its classes
 ) -> dict: # {name: '#rrggbb'}
     "The colour of each label, that of its mask value in VOC's palette"
     return {c: '#{:02x}{:02x}{:02x}'.format(*voc_palette()[v]) for c,v in label_names(ds).items()}
 
 # %% ../nbs/70_hand_over.ipynb #cf8ffec8
-def label_values(
-    names:list, # labels, as a tool calls them
+def label_values(names:list, # labels, as a tool calls them
     ds:Dataset, # its classes
     source:str|Path, # the tool's file, for messages
 ) -> list: # mask value of each
@@ -58,8 +55,7 @@ def label_values(
     return [values[n] for n in names]
 
 # %% ../nbs/70_hand_over.ipynb #78010150
-def photo_of(
-    ds:Dataset, # photos
+def photo_of(ds:Dataset, # photos
     name:str, # file name or path, as a tool writes it
     source:str|Path, # the tool's file, for messages
 ) -> str: # id
@@ -73,8 +69,7 @@ def photo_of(
     return known[0]
 
 # %% ../nbs/70_hand_over.ipynb #598c6011
-def write_cvat(
-    masks:str|Path, # folder of `<id>.png`
+def write_cvat(masks:str|Path, # folder of `<id>.png`
     ds:Dataset, # photos that have a mask there
     out:str|Path, # folder: annotations.zip, labels.json
 ) -> Path: # the zip
@@ -92,8 +87,7 @@ def write_cvat(
 
 # %% ../nbs/70_hand_over.ipynb #8aa81091
 @contextmanager
-def unpacked(
-    path:str|Path, # zip file, or a folder
+def unpacked(path:str|Path, # zip file, or a folder
     limit:int=2**33, # bytes, unpacked
 ): # yields the folder
     "The files of a zip in a temporary folder, or a folder as it is. Raises `DataError` for what is neither."
@@ -111,8 +105,7 @@ def unpacked(
         yield folder
 
 # %% ../nbs/70_hand_over.ipynb #25885787
-def read_cvat(
-    path:str|Path, # zip that CVAT exported, or its folder
+def read_cvat(path:str|Path, # zip that CVAT exported, or its folder
     ds:Dataset, # photos
 ) -> Iterator: # of (id, mask uint8 (H,W))
     'Masks of "Segmentation mask 1.1". Raises `DataError`.'
@@ -129,8 +122,7 @@ def read_cvat(
 LENGTH_BITS = 3, 4, 8, 16 # widths in which lengths are told, as Label Studio's own packer chooses them
 
 # %% ../nbs/70_hand_over.ipynb #560e33e7
-def pack_brush(
-    region:np.ndarray, # bool (H,W)
+def pack_brush(region:np.ndarray, # bool (H,W)
 ) -> list: # of bytes as integers
     "A region as Label Studio stores what a brush painted: RGBA, opaque where it is True"
     flat = np.asarray(region, bool).ravel()                                               # (H*W,)
@@ -145,8 +137,7 @@ def pack_brush(
     return list(int(text.ljust(-(-len(text)//8)*8, '0'), 2).to_bytes(-(-len(text)//8), 'big'))
 
 # %% ../nbs/70_hand_over.ipynb #9bb47632
-def unpack_brush(
-    packed:list, # of bytes as integers
+def unpack_brush(packed:list, # of bytes as integers
     size:tuple, # (H,W) of the photo
 ) -> np.ndarray: # uint8 (H,W): opacity, 255 where it was painted
     "The fourth channel of what a brush painted. Raises `DataError` for everything else."
@@ -170,8 +161,7 @@ def unpack_brush(
         raise DataError('brush', f'is not a region of {size[1]} x {size[0]} pixels ({e})', 'Export it again') from None
 
 # %% ../nbs/70_hand_over.ipynb #81ad2e26
-def brush_results(
-    m:np.ndarray, # uint8 (H,W)
+def brush_results(m:np.ndarray, # uint8 (H,W)
     names:dict, # {name: mask value}
 ) -> list: # one dict a label in the mask
     "A mask as regions of Label Studio"
@@ -182,8 +172,7 @@ def brush_results(
             for n in there]
 
 # %% ../nbs/70_hand_over.ipynb #94738d14
-def write_label_studio(
-    masks:str|Path, # folder of `<id>.png`
+def write_label_studio(masks:str|Path, # folder of `<id>.png`
     ds:Dataset, # photos that have a mask there
     out:str|Path, # folder: tasks.json, config.xml
     url:str='/data/local-files/?d=images/', # what comes before the name of a photo
@@ -203,8 +192,7 @@ def write_label_studio(
     return Path(out)/'tasks.json'
 
 # %% ../nbs/70_hand_over.ipynb #b25dc8c2
-def painted(
-    results:list, # of one annotation
+def painted(results:list, # of one annotation
     ds:Dataset, # its classes
 ) -> np.ndarray|None: # uint8 (H,W); None where nothing was painted
     "The mask that the regions of an annotation make. Raises `DataError` for regions other than those of a brush."
@@ -220,8 +208,7 @@ def painted(
     return m
 
 # %% ../nbs/70_hand_over.ipynb #8f5d1df9
-def read_label_studio(
-    path:str|Path, # JSON that Label Studio exported
+def read_label_studio(path:str|Path, # JSON that Label Studio exported
     ds:Dataset, # photos
 ) -> Iterator: # of (id, mask uint8 (H,W))
     "Masks of annotated tasks. Raises `DataError`."
@@ -238,8 +225,7 @@ def read_label_studio(
         raise DataError(path, f'is not an export of Label Studio ({describe_error(e)})', 'Export as "JSON"') from None
 
 # %% ../nbs/70_hand_over.ipynb #75287721
-def write_coco(
-    masks:str|Path, # folder of `<id>.png`
+def write_coco(masks:str|Path, # folder of `<id>.png`
     ds:Dataset, # photos that have a mask there
     out:str|Path, # folder: instances.json
 ) -> Path: # the file
@@ -248,16 +234,14 @@ def write_coco(
     return Path(out)/'instances.json'
 
 # %% ../nbs/70_hand_over.ipynb #813d2f39
-def read_coco(
-    path:str|Path, # JSON file of COCO instances
+def read_coco(path:str|Path, # JSON file of COCO instances
     ds:Dataset, # photos
 ) -> Iterator: # of (id, mask uint8 (H,W))
     "Masks of a COCO file. Raises `DataError`."
     for name,m in read_coco_masks(path, label_names(ds)): yield photo_of(ds, name, path), m
 
 # %% ../nbs/70_hand_over.ipynb #2094d089
-def join_hole(
-    outline:np.ndarray, # (n,2) pixels x, y of an object's rim, in order
+def join_hole(outline:np.ndarray, # (n,2) pixels x, y of an object's rim, in order
     hole:np.ndarray, # (m,2) pixels of the object around a hole, in order
     region:np.ndarray, # bool (H,W)
 ) -> np.ndarray: # (n+m+2,2)
@@ -269,8 +253,7 @@ def join_hole(
     return np.concatenate([outline[:at+1], hole, hole[:1], outline[at:]])
 
 # %% ../nbs/70_hand_over.ipynb #351e8a69
-def outlines(
-    region:np.ndarray, # bool (H,W)
+def outlines(region:np.ndarray, # bool (H,W)
 ) -> list: # of int (n,2): corners x, y, at least 3 of each connected part
     "Closed lines over pixels that enclose the region exactly"
     cv2, found = need_extra('cv2', 'yolo'), []
@@ -285,8 +268,7 @@ def outlines(
     return found
 
 # %% ../nbs/70_hand_over.ipynb #7bac5de1
-def fill_outlines(
-    lines:list, # of int (n,2): corners x, y
+def fill_outlines(lines:list, # of int (n,2): corners x, y
     size:tuple, # (H,W)
 ) -> np.ndarray: # bool (H,W)
     "Pixels on and inside of closed lines"
@@ -295,8 +277,7 @@ def fill_outlines(
     return m>0
 
 # %% ../nbs/70_hand_over.ipynb #9161ef44
-def write_yolo(
-    masks:str|Path, # folder of `<id>.png`
+def write_yolo(masks:str|Path, # folder of `<id>.png`
     ds:Dataset, # photos that have a mask there
     out:str|Path, # folder: data.yaml, images/train, labels/train
 ) -> Path: # data.yaml
@@ -318,8 +299,7 @@ def write_yolo(
     return out/'data.yaml'
 
 # %% ../nbs/70_hand_over.ipynb #277c74ae
-def read_yolo(
-    path:str|Path, # folder or zip with data.yaml and labels/
+def read_yolo(path:str|Path, # folder or zip with data.yaml and labels/
     ds:Dataset, # photos
 ) -> Iterator: # of (id, mask uint8 (H,W))
     "Masks of the outlines in label files. Raises `DataError`."
@@ -343,8 +323,7 @@ def read_yolo(
             yield id, m
 
 # %% ../nbs/70_hand_over.ipynb #7e1b323f
-def take_masks(
-    found:Iterator, # of (id, mask uint8 (H,W))
+def take_masks(found:Iterator, # of (id, mask uint8 (H,W))
     ds:Dataset, # photos
     out:str|Path, # folder of masks, `<id>.png`
     unless:str|Path=None, # folder of the masks that were handed over: what equals them is not taken
@@ -385,8 +364,7 @@ FORMS = dict(
     yolo=Form(write_yolo, read_yolo, 'Give data.yaml to the training'))
 
 # %% ../nbs/70_hand_over.ipynb #fc800795
-def export_masks(
-    to:str, # key of `FORMS`
+def export_masks(to:str, # key of `FORMS`
     masks:str|Path, # folder of `<id>.png`
     ds:Dataset, # photos; those without a mask there are left out
     out:str|Path, # folder to write to
@@ -398,8 +376,7 @@ def export_masks(
     return AttrDict(path=FORMS[to].write(masks, ds.subset(ids), out), ids=ids, how=FORMS[to].how)
 
 # %% ../nbs/70_hand_over.ipynb #fe2652ea
-def import_masks(
-    form:str, # key of `FORMS`
+def import_masks(form:str, # key of `FORMS`
     path:str|Path, # file or folder that the tool exported
     ds:Dataset, # photos
     out:str|Path, # folder of masks, `<id>.png`

@@ -35,8 +35,7 @@ class HeadWeights(nn.Module):
         heads:int=6, # h
         width:int=384, # D
         hidden:int=8, # numbers between a piece and its value (WeakTr)
-        reduction:int=8, # of the values inside the second half (WeakTr's published runs)
-    ):
+        reduction:int=8): # of the values inside the second half (WeakTr's published runs)
         super().__init__()
         need(width % heads == 0, f'width {width}', f'cannot be cut in {heads} pieces', "Give the backbone's numbers")
         n = blocks*heads
@@ -52,8 +51,7 @@ class HeadWeights(nn.Module):
 
 # %% ../nbs/27a_head_fusion.ipynb #c9566d6b
 @contextmanager
-def capture_outputs(
-    blocks:nn.Sequential, # transformer blocks
+def capture_outputs(blocks:nn.Sequential, # transformer blocks
 ): # yields a list, filled by the next forward pass: for each block (B,D), the largest over all tokens
     "What the attention of every block puts out, after its output projection"
     kept = []
@@ -65,8 +63,7 @@ def capture_outputs(
 
 # %% ../nbs/27a_head_fusion.ipynb #f8029ff4
 @torch.no_grad()
-def head_pass(
-    model:nn.Module, # an MCTformer with a patch head
+def head_pass(model:nn.Module, # an MCTformer with a patch head
     x:torch.Tensor, # images (B,3,H,W)
     classes:list=None, # class indices, default all
 ) -> AttrDict: # pooled (B,L,D); qk: {block: {'q': (B,H,N,d), 'k': ...}}; coarse (B,c,h,w), ReLU of the patch head
@@ -79,8 +76,7 @@ def head_pass(
     return AttrDict(pooled=torch.stack(kept, 1), qk=qk, coarse=coarse)
 
 # %% ../nbs/27a_head_fusion.ipynb #4d2b99d5
-def head_attention(
-    model:nn.Module, # an MCTformer
+def head_attention(model:nn.Module, # an MCTformer
     found:AttrDict, # of `head_pass`
     classes:list=None, # class indices, default all
 ) -> Iterator: # for each block: class-to-patch attention (B,h,c,M) and patch-to-patch attention (B,h,M,M) of every head
@@ -93,8 +89,7 @@ def head_attention(
 
 # %% ../nbs/27a_head_fusion.ipynb #50a75115
 @torch.no_grad()
-def localize_heads(
-    model:nn.Module, # an MCTformer with a patch head
+def localize_heads(model:nn.Module, # an MCTformer with a patch head
     net:HeadWeights, # see `train_heads`
     x:torch.Tensor, # images (B,3,H,W)
     classes:list=None, # class indices, default all
@@ -109,8 +104,7 @@ def localize_heads(
 
 # %% ../nbs/27a_head_fusion.ipynb #9a815d56
 @torch.no_grad()
-def head_terms(
-    model:nn.Module, # an MCTformer with a patch head
+def head_terms(model:nn.Module, # an MCTformer with a patch head
     x:torch.Tensor, # images (B,3,H,W)
 ) -> tuple: # pooled (B,L,D); Q (B,C,L*h,L*h), times (L*h)^2
     "What the weights of the heads can be learnt from"
@@ -121,8 +115,7 @@ def head_terms(
     return found.pooled, Q/c2p.shape[-1]
 
 # %% ../nbs/27a_head_fusion.ipynb #f1a437bd
-def head_scores(
-    w:torch.Tensor, # weights (B,L,h)
+def head_scores(w:torch.Tensor, # weights (B,L,h)
     Q:torch.Tensor, # (B,C,L*h,L*h), of `head_terms`
 ) -> torch.Tensor: # (B,C), not negative
     "Mean of the weighted map of every class"
@@ -130,8 +123,7 @@ def head_scores(
     return torch.einsum('bi,bcij,bj->bc', v, Q.float(), v)
 
 # %% ../nbs/27a_head_fusion.ipynb #7643d772
-def heads_loss(
-    net:HeadWeights, # that is trained
+def heads_loss(net:HeadWeights, # that is trained
     pooled:torch.Tensor, # (B,L,D)
     Q:torch.Tensor, # (B,C,L*h,L*h)
     targets:torch.Tensor, # (B,C) multi-hot
@@ -141,8 +133,7 @@ def heads_loss(
     return F.multilabel_soft_margin_loss(scale*head_scores(net(pooled), Q), targets)
 
 # %% ../nbs/27a_head_fusion.ipynb #f15eb681
-def collect_terms(
-    model:nn.Module, # an MCTformer with a patch head
+def collect_terms(model:nn.Module, # an MCTformer with a patch head
     ds:Dataset, # photos and labels
     image_size:int=224, # side of the square that the classifier sees, pixels
     photos:int=2000, # at most, evenly spread
@@ -159,8 +150,7 @@ def collect_terms(
     return tuple(torch.cat(t) for t in zip(*parts))
 
 # %% ../nbs/27a_head_fusion.ipynb #2c3e42b9
-def fit_heads(
-    terms:tuple, # of `collect_terms`
+def fit_heads(terms:tuple, # of `collect_terms`
     heads:int, # h
     steps:int=9900, # as 60 epochs of VOC (WeakTr)
     batch_size:int=64, # WeakTr
@@ -186,8 +176,7 @@ def fit_heads(
     return net.eval(), losses
 
 # %% ../nbs/27a_head_fusion.ipynb #e325f4cc
-def load_heads(
-    path:str|Path, # `heads.safetensors`
+def load_heads(path:str|Path, # `heads.safetensors`
     settings:dict=None, # what it must have been made with; default anything
 ) -> HeadWeights:
     "Weights of heads from a file. Raises `DataError`."
@@ -202,8 +191,7 @@ def load_heads(
     return net.eval()
 
 # %% ../nbs/27a_head_fusion.ipynb #cc6ca5e2
-def train_heads(
-    model:nn.Module, # an MCTformer with a patch head; it is not changed
+def train_heads(model:nn.Module, # an MCTformer with a patch head; it is not changed
     ds:Dataset, # photos; only their labels are used
     out:str|Path, # run folder, for `heads.safetensors`
     image_size:int=224, # side of the square that the classifier sees, pixels
@@ -226,8 +214,7 @@ class HeadFused(nn.Module):
     kinds = ('heads',)
     def __init__(self,
         model:nn.Module, # an MCTformer with a patch head
-        net:HeadWeights, # see `train_heads`
-    ):
+        net:HeadWeights): # see `train_heads`
         super().__init__()
         self.model, self.net = model, net
         for k in ('num_classes', 'patch_size', 'input_spec', 'variant', 'score', 'reference'): setattr(self, k,
@@ -236,8 +223,7 @@ class HeadFused(nn.Module):
     def localize(self, x, kind='heads', classes=None): return localize_heads(self.model, self.net, x, classes)
 
 # %% ../nbs/27a_head_fusion.ipynb #30a955ea
-def plot_heads(
-    weights:np.ndarray, # (L,h)
+def plot_heads(weights:np.ndarray, # (L,h)
     title:str='', # of the picture
     ax:'Axes'=None, # to draw on, default a new picture
     form:str='{:.2f}', # of a number

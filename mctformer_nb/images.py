@@ -16,8 +16,7 @@ from PIL import Image, ImageOps, features
 from .files import DataError, atomic_path, need
 
 # %% ../nbs/002_images.ipynb #2acb5a0f
-def voc_palette(
-    n:int=256, # number of colours
+def voc_palette(n:int=256, # number of colours
 )->np.ndarray: # uint8 (n,3)
     "The devkit's colour of every mask value"
     idx,pal = np.arange(n), np.zeros((n,3), np.uint8)
@@ -55,8 +54,7 @@ def _why(path, e, data=None):
     return f'cannot be decoded, it is truncated or damaged ({type(e).__name__}: {e})', fix
 
 # %% ../nbs/002_images.ipynb #3e275879
-def load_image(
-    path:str|Path, # image file
+def load_image(path:str|Path, # image file
     decode:bool=True, # decode all pixels now, so that damage shows
     data:bytes=None, # its content, where it is no file of its own; `path` is its name then
 )->Image.Image: # in its own mode, not turned
@@ -73,8 +71,7 @@ def load_image(
     return im
 
 # %% ../nbs/002_images.ipynb #3a0e992e
-def scale_to_bytes(
-    a:np.ndarray, # (H,W) integers or floats of any range
+def scale_to_bytes(a:np.ndarray, # (H,W) integers or floats of any range
 )->np.ndarray: # uint8 (H,W)
     "Grey values scaled to 0..255 by the range of the data"
     whole = a.dtype.kind in 'iub'
@@ -86,8 +83,7 @@ def scale_to_bytes(
     return ((a-low).clip(0, high-low)*(255/max(high-low, 1e-12))).round().astype(np.uint8)
 
 # %% ../nbs/002_images.ipynb #4df3310b
-def to_rgb(
-    im:Image.Image, # any mode
+def to_rgb(im:Image.Image, # any mode
 )->Image.Image: # RGB
     "Any mode of PIL to RGB, by meaning and not by clipping; what is transparent becomes white"
     if im.mode in ('F','I') or im.mode.startswith('I;16'): im = Image.fromarray(scale_to_bytes(np.asarray(im)))
@@ -112,8 +108,7 @@ def open_image(
     return im
 
 # %% ../nbs/002_images.ipynb #baec7a21
-def rotation_note(
-    im:Image.Image|str|Path, # an open image, or the file of a photo
+def rotation_note(im:Image.Image|str|Path, # an open image, or the file of a photo
 )->int: # EXIF orientation 1..8; 1 without a note
     "How the camera was held, as the photo's EXIF data say"
     try:
@@ -122,8 +117,7 @@ def rotation_note(
     except Exception: return 1
 
 # %% ../nbs/002_images.ipynb #c4215997
-def image_size(
-    path:str|Path, # a photo
+def image_size(path:str|Path, # a photo
     data:bytes=None, # its content, as in `load_image`
 )->tuple[int,int]: # (width, height) of the upright photo
     "Size of a photo from its header; `DataError` if that cannot be read"
@@ -131,8 +125,7 @@ def image_size(
         return im.size[::-1] if rotation_note(im) in (5,6,7,8) else im.size     # these four turn by 90 degrees
 
 # %% ../nbs/002_images.ipynb #0786606e
-def colours_to_indices(
-    rgb:np.ndarray, # uint8 (H,W,3)
+def colours_to_indices(rgb:np.ndarray, # uint8 (H,W,3)
     colours:dict, # {(r,g,b): mask value}
     path:str|Path='mask', # for messages
 )->np.ndarray: # uint8 (H,W)
@@ -175,8 +168,7 @@ def _mask_values(im, path, colours):
     return a
 
 # %% ../nbs/002_images.ipynb #6b5384a9
-def open_mask(
-    path:str|Path, # palette or grey image of one channel, or the colours of VOC's palette
+def open_mask(path:str|Path, # palette or grey image of one channel, or the colours of VOC's palette
     size:tuple=None, # expected (H,W), e.g. of the photo
     colours:dict=None, # {(r,g,b): mask value}: read colours by this table
     data:bytes=None, # its content, as in `load_image`
@@ -197,10 +189,8 @@ def open_mask(
     return a.astype(np.uint8)
 
 # %% ../nbs/002_images.ipynb #4697ad6f
-def save_mask(
-    path:str|Path, # PNG to write
-    mask:np.ndarray, # (H,W) integers 0..255
-):
+def save_mask(path:str|Path, # PNG to write
+    mask:np.ndarray): # (H,W) integers 0..255
     "Write a mask as 8-bit palette PNG in the devkit's colours, atomically"
     mask = np.asarray(mask)
     need(mask.ndim==2 and mask.size and mask.dtype.kind in 'iub' and mask.min()>=0 and mask.max()<=255,

@@ -25,8 +25,7 @@ from .seeds import load_seed, save_seed
 from .training_files import mask_file
 
 # %% ../nbs/45_interchange.ipynb #13316b45
-def mask_to_rle(
-    region:np.ndarray, # bool (H,W)
+def mask_to_rle(region:np.ndarray, # bool (H,W)
 ) -> dict: # size [H, W], counts: text
     "A region as COCO's compressed run lengths. Raises `DataError` when pycocotools is missing."
     tool, region = need_extra('pycocotools.mask', 'coco'), np.asarray(region)
@@ -35,8 +34,7 @@ def mask_to_rle(
     return dict(size=[int(s) for s in r['size']], counts=r['counts'].decode('ascii'))
 
 # %% ../nbs/45_interchange.ipynb #5e99d88a
-def run_lengths(
-    counts:str|bytes|list, # COCO's text, or the numbers themselves
+def run_lengths(counts:str|bytes|list, # COCO's text, or the numbers themselves
 )->list: # background first
     "Run lengths from COCO's text or plain list; `ValueError` for what does not belong there"
     if isinstance(counts, list):
@@ -56,8 +54,7 @@ def run_lengths(
     return runs
 
 # %% ../nbs/45_interchange.ipynb #ef4b5775
-def rle_to_mask(
-    rle:dict, # size [H, W], counts: text, bytes or a list of run lengths
+def rle_to_mask(rle:dict, # size [H, W], counts: text, bytes or a list of run lengths
     limit:int=2**28, # pixels
 ) -> np.ndarray: # bool (H,W)
     "The region of COCO's run lengths, compressed or not. Raises `DataError` for everything that is not one."
@@ -74,8 +71,7 @@ def rle_to_mask(
     return np.repeat(values, runs).reshape(w, h).T               # (H*W,) by column -> (H,W)
 
 # %% ../nbs/45_interchange.ipynb #81918617
-def export_coco(
-    masks:str|Path, # folder of `<id>.png`
+def export_coco(masks:str|Path, # folder of `<id>.png`
     ds:Dataset, # its photos and classes
     path:str|Path, # JSON file; `coco:` reads `annotations/instances_NAME.json` beside the photos in `NAME/`
     ignored:str=None, # name of a category for pixels of value 255; default they are left out
@@ -100,8 +96,7 @@ def export_coco(
     return coco
 
 # %% ../nbs/45_interchange.ipynb #c3e62fee
-def id_of_file(
-    name:object, # file name in a file from elsewhere
+def id_of_file(name:object, # file name in a file from elsewhere
 ) -> str: # without the suffix of a photo
     "Id of a file name; `DataError` if it would leave its folder"
     stem, dot, suffix = str(name).rpartition('.')
@@ -120,8 +115,7 @@ def _coco_regions(coco, source):
     return images
 
 # %% ../nbs/45_interchange.ipynb #c0c0a3ea
-def region_of(
-    seg:dict|list, # segmentation of an annotation: run lengths, or corners of outlines
+def region_of(seg:dict|list, # segmentation of an annotation: run lengths, or corners of outlines
     size:tuple, # (H,W) of the image
 ) -> np.ndarray: # bool (H,W)
     "Pixels of a COCO annotation. Raises `DataError` for what is none, or of another size."
@@ -136,8 +130,7 @@ def region_of(
     return region
 
 # %% ../nbs/45_interchange.ipynb #c0c0a3ec
-def read_coco_masks(
-    path:str|Path, # COCO file
+def read_coco_masks(path:str|Path, # COCO file
     values:dict, # {name of a category: mask value}
 ) -> Iterator: # of (file name, mask uint8 (H,W))
     "Masks of a COCO file; categories are matched by name. Raises `DataError`."
@@ -152,8 +145,7 @@ def read_coco_masks(
         yield name, m
 
 # %% ../nbs/45_interchange.ipynb #e57e041e
-def import_coco(
-    path:str|Path, # COCO file
+def import_coco(path:str|Path, # COCO file
     classes:list, # names, mask value 1 first
     out:str|Path, # folder of masks, `<name>.png`
 ) -> int: # masks written
@@ -163,8 +155,7 @@ def import_coco(
     return len(masks)
 
 # %% ../nbs/45_interchange.ipynb #c0rrecte
-def with_corrected(
-    masks:str|Path, # folder of pseudo masks, `<id>.png`
+def with_corrected(masks:str|Path, # folder of pseudo masks, `<id>.png`
     ds:Dataset, # photos, some of them with a mask of their own
     out:str|Path, # folder to write: all masks, corrected ones in place of pseudo masks
     weight:int=1, # how many times a corrected mask counts in an epoch
@@ -179,8 +170,7 @@ def with_corrected(
     return ds.subset([id for id in ds.ids if id in own or id in set(pseudo) for _ in range(weight if id in own else 1)])
 
 # %% ../nbs/45_interchange.ipynb #4ce8343f
-def export_maps(
-    seeds:str|Path, # folder of `<id>.npz`
+def export_maps(seeds:str|Path, # folder of `<id>.npz`
     ds:Dataset, # its ids and classes
     out:str|Path, # 'png': `<id>/<class>.png`; 'npy': `<id>.npy`
     to:str='png', # 'png': 8-bit grey; 'npy': float32 (C,H,W); 'reference': pickled dict {class: float32 (H,W)}
@@ -199,11 +189,9 @@ def export_maps(
     return len(ds)
 
 # %% ../nbs/45_interchange.ipynb #9880e992
-def save_grey_maps(
-    folder:str|Path, # to write to
+def save_grey_maps(folder:str|Path, # to write to
     names:list, # of the classes, one a map
-    maps:np.ndarray, # (k,H,W) in [0,1]
-):
+    maps:np.ndarray): # (k,H,W) in [0,1]
     "A grey PNG `<class>.png` for each map; `DataError` for a name that cannot be one of a file"
     for name,m in zip(names, maps):
         need(not ('/' in name or name.startswith('.')), f'class {name!r}', 'cannot be a file name', 'Rename the class')
@@ -211,8 +199,7 @@ def save_grey_maps(
         with atomic_path(Path(folder)/f'{name}.png') as p: grey.save(p, format='PNG')
 
 # %% ../nbs/45_interchange.ipynb #0c41e841
-def read_maps(
-    folder:str|Path, # with `<id>/<class>.png` or `<id>.npy`
+def read_maps(folder:str|Path, # with `<id>/<class>.png` or `<id>.npy`
     ds:Dataset, # sizes and classes
     id:str, # which photo
     form:str, # 'png' | 'npy'
@@ -232,8 +219,7 @@ def read_maps(
     return {c: m for c,m in enumerate(array) if m.any()}
 
 # %% ../nbs/45_interchange.ipynb #d98a2850
-def import_maps(
-    folder:str|Path, # written by `export_maps` or by another program in its form
+def import_maps(folder:str|Path, # written by `export_maps` or by another program in its form
     ds:Dataset, # its ids and classes
     out:str|Path, # folder of seeds, `<id>.npz`
     form:str='png', # 'png' | 'npy' | 'reference', as in `export_maps`
@@ -251,8 +237,7 @@ def import_maps(
     return dict(written=len(ds)-len(bad), bad=bad)
 
 # %% ../nbs/45_interchange.ipynb #7ff92ccd
-def read_reference_seed(
-    path:str|Path, # `.npy` file of the reference
+def read_reference_seed(path:str|Path, # `.npy` file of the reference
     limit:int=2**30, # bytes
 ) -> dict: # class index (0-based): (H,W) array
     "Maps of one photo as the reference saves them, read without running anything of the file. Raises `DataError`."
@@ -265,8 +250,7 @@ def read_reference_seed(
     return found
 
 # %% ../nbs/45_interchange.ipynb #695afd7b
-def import_reference_seeds(
-    folder:str|Path, # `.npy` files of the reference
+def import_reference_seeds(folder:str|Path, # `.npy` files of the reference
     out:str|Path, # folder of seeds, `<id>.npz`
     ids:list=None, # of the photos, default every .npy file in the folder
 ) -> dict: # written: count; bad: [(id, problem)]
@@ -283,8 +267,7 @@ def import_reference_seeds(
     return dict(written=len(ids)-len(bad), bad=bad)
 
 # %% ../nbs/45_interchange.ipynb #384ad3d0
-def model_card(
-    cfg:dict, # configuration of a run
+def model_card(cfg:dict, # configuration of a run
     licence:str='other', # of the weights, an identifier of the hub such as 'apache-2.0'
     about:str=None, # a sentence or two: what it is for, whose photos it has seen
 ) -> str: # Markdown, with the hub's fields in front
@@ -306,8 +289,7 @@ def model_card(
     return '\n'.join(lines[:3]) + '\n' + '\n\n'.join(lines[3:]) + '\n'
 
 # %% ../nbs/45_interchange.ipynb #384ad3df
-def save_pretrained(
-    run:str|Path|tuple, # run folder, or (model, class names)
+def save_pretrained(run:str|Path|tuple, # run folder, or (model, class names)
     folder:str|Path, # to write: config.json, model.safetensors, README.md
     licence:str='other', # of the weights, see `model_card`
     about:str=None, # a sentence or two for the card
@@ -320,9 +302,7 @@ def save_pretrained(
     return Path(folder)
 
 # %% ../nbs/45_interchange.ipynb #6aadf822
-def check_config(
-    folder:str|Path, # with a config.json from elsewhere
-):
+def check_config(folder:str|Path): # with a config.json from elsewhere
     "`DataError` if the configuration asks for more than a network of some shape"
     where = Path(folder)/'config.json'
     cfg, fix = read_json(where), 'Build the model yourself and use load_weights'
@@ -338,8 +318,7 @@ def check_config(
     need(not odd, where, f'the backbone has the arguments {", ".join(map(str, odd))}', fix)
 
 # %% ../nbs/45_interchange.ipynb #8ddb3160
-def from_pretrained(
-    where:str|Path, # folder, or `owner/name` on the hub
+def from_pretrained(where:str|Path, # folder, or `owner/name` on the hub
     revision:str=None, # branch, tag or commit on the hub
 ) -> tuple: # (model in eval mode, configuration)
     "Model of a folder in the hub's layout. The hub is only asked when there is no such folder. Raises `DataError`."
@@ -353,8 +332,7 @@ def from_pretrained(
     return load_run(folder)
 
 # %% ../nbs/45_interchange.ipynb #13251d19
-def push_to_hub(
-    folder:str|Path, # written by `save_pretrained`
+def push_to_hub(folder:str|Path, # written by `save_pretrained`
     name:str, # `owner/name`
     private:bool=True, # seen by its owner only
 ) -> str: # address of the commit

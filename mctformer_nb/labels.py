@@ -18,16 +18,14 @@ from .photos import PhotoIndex, noted
 from .pickles import read_array_dict
 
 # %% ../nbs/01c_labels.ipynb #d0a1898f
-def is_no_class(
-    name:str, # a label, or a line of a list of classes
+def is_no_class(name:str, # a label, or a line of a list of classes
 )->bool: # such as 'background', '_background_', '__ignore__', 'none', 'nan'
     "Does this name stand for the absence of a class?"
     return name.strip().lower().strip('_') in ('background', 'bg', 'ignore', 'ignored', 'none', 'nan', 'null', 'n/a',
                                                '')
 
 # %% ../nbs/01c_labels.ipynb #8e13943f
-def read_class_names(
-    path:str|Path, # one name a line
+def read_class_names(path:str|Path, # one name a line
     notes:list=None, # grows by a sentence on what was left out
 )->list: # names of the foreground classes; the mask value of class `i` is `i+1`
     "Names of `classes.txt`; `DataError` for none, too many, or one that is there twice"
@@ -47,8 +45,7 @@ def read_class_names(
     return list(seen)
 
 # %% ../nbs/01c_labels.ipynb #a3fbeb9d
-def class_index(
-    name:str, # a label
+def class_index(name:str, # a label
     classes:list, # names of the classes
     where:object, # file and line of the label, for messages
     source:object, # where the classes are listed, for messages
@@ -70,8 +67,7 @@ img_path filepath file_path path images photo name id'''.split()
 LABEL_COLUMNS = 'labels label class classes class_name tags tag categories category finding_labels species'.split()
 
 # %% ../nbs/01c_labels.ipynb #11d46ad9
-def read_columns(
-    path:str|Path, # table as text
+def read_columns(path:str|Path, # table as text
 )->tuple: # (names of the columns in small letters, number of the image column, [(line, cells)])
     "Rows of a table, whatever is between its columns; `DataError` where that is not plain"
     text = read_text(path)
@@ -93,8 +89,7 @@ def read_columns(
     return [h.strip() for h in first], image, rows
 
 # %% ../nbs/01c_labels.ipynb #24aadb8c
-def find_separator(
-    cells:list, # texts of the column of labels
+def find_separator(cells:list, # texts of the column of labels
     classes:list=None, # names, where they are known
 )->str: # ';' | '|' | ',' | ' ' | '[]' for lists | '' for one label a cell
     "What separates labels within a cell"
@@ -109,8 +104,7 @@ def find_separator(
     return ' ' if min(counts)>0 and max(counts)>1 else ''
 
 # %% ../nbs/01c_labels.ipynb #d53419e5
-def split_labels(
-    cell:str, # text of one cell
+def split_labels(cell:str, # text of one cell
     mark:str, # from `find_separator`
 )->list: # names, without what stands for no class
     "Labels of one cell"
@@ -120,10 +114,8 @@ def split_labels(
     return [p.strip() for p in parts if not is_no_class(p)]
 
 # %% ../nbs/01c_labels.ipynb #d9ed1651
-def check_names(
-    names:object, # of classes, in any order
-    path:str|Path, # where they come from, for messages
-):
+def check_names(names:object, # of classes, in any order
+    path:str|Path): # where they come from, for messages
     "`DataError` for names that are hardly those of classes"
     odd = next((n for n in names if re.search(r'[\[\]{}|;\n]|^[\'"]|[\'"]$', n) or len(n)>100), None)
     need(odd is None, path, f'the label {odd!r:.120} does not look like the name of a class',
@@ -137,8 +129,7 @@ def check_names(
          'Use at most 254 classes; is one column of the table taken for labels that holds something else?')
 
 # %% ../nbs/01c_labels.ipynb #04c33411
-def split_columns(
-    path:str|Path, # table, for messages
+def split_columns(path:str|Path, # table, for messages
     head:list, # names of its columns
     image:int, # number of the image column
     rows:list, # [(line, cells)]
@@ -167,8 +158,7 @@ class Labels:
     notes:list = field(default_factory=list) # sentences on what was understood
 
 # %% ../nbs/01c_labels.ipynb #50074c67
-def read_label_rows(
-    path:str|Path, # table of labels
+def read_label_rows(path:str|Path, # table of labels
     classes:list=None, # names, where they are known
 )->tuple: # (class names, [(line, image, label names, problem or '')], sentence on the form)
     "Rows of a table of labels in any of its forms; `DataError` if it is none of them"
@@ -192,8 +182,7 @@ def read_label_rows(
     return names, found, f'{how} in the column {head[column]!r}'
 
 # %% ../nbs/01c_labels.ipynb #dbbb7806
-def read_labels(
-    path:str|Path, # table of labels
+def read_labels(path:str|Path, # table of labels
     index:PhotoIndex, # finds the photos
     classes:list=None, # names, where they are known; else the labels that occur, sorted, or the columns in their order
     source:object=None, # where `classes` are listed, for messages
@@ -217,8 +206,7 @@ def read_labels(
     return Labels(classes, found, [f'{Path(path).name}: {how}{several}'])
 
 # %% ../nbs/01c_labels.ipynb #63463352
-def labels_from_folders(
-    photos:object, # ids
+def labels_from_folders(photos:object, # ids
     classes:list=None, # names, where they are known: then every folder must be one of them
 )->Labels|None: # None if the folders are not classes
     "Labels of photos that are sorted into folders"
@@ -237,8 +225,7 @@ def labels_from_folders(
                    f'({", ".join(f"{n} {counts[n]}" for n in names[:9])}{", ..." if len(names)>9 else ""})'])
 
 # %% ../nbs/01c_labels.ipynb #eec85d23
-def read_cls_labels(
-    path:str|Path, # `cls_labels.npy`
+def read_cls_labels(path:str|Path, # `cls_labels.npy`
     index:PhotoIndex, # finds the photos
     classes:list=None, # names, where they are known; 20 numbers an image are those of VOC
 )->Labels:

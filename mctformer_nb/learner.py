@@ -32,17 +32,14 @@ from .ranks import barrier, connected, first_alone, gathered, my_part, rank, ran
 from .runs import plain, save_run
 
 # %% ../nbs/09_learner.ipynb #7af406d0
-def seed_of(
-    *key:int, # numbers that name the place where random numbers are needed, e.g. seed, epoch, photo
+def seed_of(*key:int, # numbers that name the place where random numbers are needed, e.g. seed, epoch, photo
 ) -> int: # 32 bits
     "A seed for every place: other keys, other random numbers"
     return int(np.random.SeedSequence([int(k) for k in key]).generate_state(1)[0])
 
 # %% ../nbs/09_learner.ipynb #da31a2cb
 @contextmanager
-def seeded(
-    *key:int, # as in `seed_of`
-):
+def seeded(*key:int): # as in `seed_of`
     "Random numbers of python, numpy and torch (CPU) inside are a function of `key`; outside nothing changes"
     old = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = seed_of(*key)
@@ -56,8 +53,7 @@ def seeded(
         torch.set_rng_state(old[2])
 
 # %% ../nbs/09_learner.ipynb #836aff76
-def batch_slices(
-    order:object, # positions of samples, an array or range
+def batch_slices(order:object, # positions of samples, an array or range
     batch_size:int, # of all processes together
 ) -> np.ndarray: # positions
     "This process's slice of every full batch of `order`; a shorter single batch is one as well. Raises `DataError`."
@@ -75,8 +71,7 @@ class EpochSampler(torch.utils.data.Sampler):
         n:int, # samples
         seed:int=0, # of the order
         shuffle:bool=True, # False: in order
-        batch_size:int=None, # of all processes, each gets its slice of every full batch; None: every `world()`-th one
-    ):
+        batch_size:int=None): # of all processes, each gets its slice of every full batch; None: every `world()`-th one
         self.n, self.seed, self.shuffle, self.batch_size, self.epoch = n, seed, shuffle, batch_size, 0
     def mine(self, order): return my_part(order) if self.batch_size is None else batch_slices(order, self.batch_size)
     def __len__(self): return len(self.mine(range(self.n)))
@@ -85,8 +80,7 @@ class EpochSampler(torch.utils.data.Sampler):
         return ((int(i), self.epoch) for i in self.mine(order))
 
 # %% ../nbs/09_learner.ipynb #d5b1d00f
-def collate_readable(
-    samples:list, # of tuples, or None
+def collate_readable(samples:list, # of tuples, or None
 ) -> tuple: # of tensors
     "Batch of the samples that could be read. Raises `DataError` if none could."
     samples = [s for s in samples if s is not None]
@@ -109,8 +103,7 @@ def epoch_loader(
                       pin_memory=torch.cuda.is_available(), persistent_workers=workers>0, generator=own)
 
 # %% ../nbs/09_learner.ipynb #da3bd9a7
-def make_dls(
-    train:DataLoader, # from `epoch_loader`
+def make_dls(train:DataLoader, # from `epoch_loader`
     valid:DataLoader=None, # the same for validation
     device:str='cpu', # where batches go
 ) -> DataLoaders: # for a `Learner`
@@ -120,8 +113,7 @@ def make_dls(
     return dls
 
 # %% ../nbs/09_learner.ipynb #dc2f36c1
-def lr_factor(
-    name:str, # of a parameter
+def lr_factor(name:str, # of a parameter
     lr_mult:dict, # {prefix: factor}
 ) -> float: # 1 where no prefix fits
     "Factor of the longest prefix in `lr_mult` that `name` starts with"
@@ -129,8 +121,7 @@ def lr_factor(
     return float(lr_mult[max(hits, key=len)]) if hits else 1.
 
 # %% ../nbs/09_learner.ipynb #a76d87c1
-def param_groups(
-    model:torch.nn.Module, # frozen parameters are marked as such
+def param_groups(model:torch.nn.Module, # frozen parameters are marked as such
     weight_decay:float=.05, # reference, classifier
     lr_mult:dict=None, # {prefix of parameter names: factor on the learning rate, 0 freezes}
     bias_mult:float=1., # factor on the learning rate of biases, on top
@@ -167,8 +158,7 @@ class CosineSchedule(Schedule):
         warmup_epochs:int=5, # reference
         warmup_lr:float=1e-6, # reference
         per_step:bool=False, # move in every step instead of every epoch
-        lag:bool=True, # one epoch behind (reference), where the rate moves every epoch
-    ):
+        lag:bool=True): # one epoch behind (reference), where the rate moves every epoch
         self.min_lr, self.warmup_epochs, self.warmup_lr = min_lr, warmup_epochs, warmup_lr
         self.per_step, self.lag = per_step, lag
     def before_fit(self):
@@ -181,8 +171,7 @@ class CosineSchedule(Schedule):
 class PolySchedule(Schedule):
     "Learning rate times (1 - t/T) ** power, in every step"
     def __init__(self,
-        power:float=.9, # reference
-    ):
+        power:float=.9): # reference
         self.power = power
     def before_fit(self): self.curve = PolyLRScheduler(self.opt.opt, self.n_epoch, power=self.power, lr_min=0.)
 
@@ -190,8 +179,7 @@ class PolySchedule(Schedule):
 class EpochSeeds(Callback):
     "Order of samples and dropped paths as a function of (seed, epoch)"
     def __init__(self,
-        seed:int, # of the training
-    ):
+        seed:int): # of the training
         self.seed = seed
     def before_train(self):
         set_seed(seed_of(self.seed, self.epoch, *[rank()]*(rank()>0)))
@@ -230,15 +218,13 @@ class Precision(MixedPrecision):
     def after_pred(self): pass
 
 # %% ../nbs/09_learner.ipynb #00b71bde
-def metric_columns(
-    history:object, # a table or a row of it
+def metric_columns(history:object, # a table or a row of it
 ) -> list: # names
     "The metrics among the columns of a history"
     return [c for c in history if c not in ('epoch', 'train_loss', 'valid_loss', 'lr', 'seconds')]
 
 # %% ../nbs/09_learner.ipynb #d45d3d58
-def plot_history(
-    history:str|Path, # history.csv, or a run folder with it
+def plot_history(history:str|Path, # history.csv, or a run folder with it
     prior:float=None, # draw a line at this loss, what knowing nothing costs
 )->Figure:
     "Losses and metrics (percent) by epoch"
@@ -258,9 +244,7 @@ def plot_history(
     return fig
 
 # %% ../nbs/09_learner.ipynb #b9f990b5
-def merge_metrics(
-    metrics:list, # of fastai's `Metric`, changed in place
-):
+def merge_metrics(metrics:list): # of fastai's `Metric`, changed in place
     "Put the states of metrics of all processes together. Raises `DataError` for one that does not say what to add."
     for m in metrics:
         names = getattr(m, 'shared', ('total', 'count') if hasattr(m, 'total') else ())
@@ -269,16 +253,13 @@ def merge_metrics(
         for n in names: setattr(m, n, reduce(operator.add, gathered(getattr(m, n))))
 
 # %% ../nbs/09_learner.ipynb #414916a5
-def unwrap(
-    model:torch.nn.Module, # perhaps wrapped for several processes
+def unwrap(model:torch.nn.Module, # perhaps wrapped for several processes
 ) -> torch.nn.Module: # what was wrapped
     "The network itself"
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 # %% ../nbs/09_learner.ipynb #532cf5a0
-def train_together(
-    learn:Learner, # whose loaders are divided already
-):
+def train_together(learn:Learner): # whose loaders are divided already
     "Let all processes train `learn` together. Raises `DataError` where that cannot be."
     met = torch.distributed.is_initialized()
     need(met, 'training in several processes', 'they do not know where to meet',
@@ -305,8 +286,7 @@ def train_together(
 RUN_FILES = 'resume.pt', 'history.csv', 'model.safetensors', 'config.json', 'figures/loss.png'
 
 # %% ../nbs/09_learner.ipynb #fb37a443
-def open_run(
-    out:str|Path, # run folder
+def open_run(out:str|Path, # run folder
     settings:dict, # plain values, all that decides the result
     fresh:bool=False, # throw away the run that is there
 ) -> dict: # epoch, history, best; of a run that is under way also model, opt, scaler
@@ -332,12 +312,10 @@ def open_run(
     return state
 
 # %% ../nbs/09_learner.ipynb #714ae621
-def save_state(
-    out:str|Path, # run folder
+def save_state(out:str|Path, # run folder
     state:dict, # epoch, history, best
     settings:dict, # as in `open_run`
-    **weights, # model, opt, scaler: state dicts, of a run that is not finished
-):
+    **weights): # model, opt, scaler: state dicts, of a run that is not finished
     "Write `resume.pt`, atomically"
     with atomic_path(Path(out)/'resume.pt') as p: torch.save(dict(state, settings=json.dumps(settings), **weights), p)
 
@@ -354,8 +332,7 @@ class RunFiles:
     log:callable=noop # of one line an epoch
     def write(self,
         network:torch.nn.Module, # for `save`
-        **weights, # model, opt, scaler: state dicts to resume from; none of a finished run
-    ):
+        **weights): # model, opt, scaler: state dicts to resume from; none of a finished run
         "The last epoch: history, model, best model, state"
         row = self.state['history'][-1]
         with atomic_path(self.out/'history.csv') as p:
@@ -396,8 +373,7 @@ class RunFolder(Callback):
         self.files.log(epoch_line(self.state['history'], self.n_epoch))
 
 # %% ../nbs/09_learner.ipynb #0e8b7365
-def epoch_line(
-    history:list, # rows, dicts
+def epoch_line(history:list, # rows, dicts
     epochs:int, # of the whole training
 ) -> str:
     "One line about the last epoch"
@@ -409,13 +385,11 @@ def epoch_line(
                       f"lr {row['lr']:.1e}", f"{row['seconds']:.0f} s, {left/60:.0f} min left"])
 
 # %% ../nbs/09_learner.ipynb #ccb887c3
-def train_epochs(
-    make:callable, # (start) -> Learner
+def train_epochs(make:callable, # (start) -> Learner
     files:RunFiles, # with the state of the run
     epochs:int, # in all
     seed:int, # of everything random
-    about:callable=None, # learner -> lines, said before the first epoch
-):
+    about:callable=None): # learner -> lines, said before the first epoch
     "The epochs that are not done yet"
     out, state, first, start = files.out, files.state, not rank(), 'model' not in files.state
     set_seed(seed_of(seed))
@@ -436,8 +410,7 @@ def train_epochs(
         raise
 
 # %% ../nbs/09_learner.ipynb #0de27b36
-def fit_run(
-    out:str|Path, # run folder
+def fit_run(out:str|Path, # run folder
     epochs:int, # passes over the data
     settings:dict, # plain values, all that decides the result, see `plain` and `data_fingerprint`
     make:callable, # (start) -> Learner with a `Schedule`; start is False where weights come from `resume.pt`

@@ -46,8 +46,7 @@ class PhotoRow:
     mask_bytes:int=0 # as `bytes`
 
 # %% ../nbs/80_manifest.ipynb #ad2c8e63
-def read_part(
-    address:str|Path, # of a file
+def read_part(address:str|Path, # of a file
     offset:int=-1, # first byte; -1: all
     size:int=0, # bytes, with an offset
 )->bytes:
@@ -64,8 +63,7 @@ def read_part(
 ROWS = 10_000  # of a portion, and of a row group of the file
 
 # %% ../nbs/80_manifest.ipynb #da73834c
-def measure(
-    rows:list, # of PhotoRow with the path of a file
+def measure(rows:list, # of PhotoRow with the path of a file
 )->tuple: # rows with sizes, [(id, problem)] of the others
     "Sizes from the headers of the photos; masks that do not exist are taken out"
     good, bad = [], []
@@ -78,8 +76,7 @@ def measure(
     return good, bad
 
 # %% ../nbs/80_manifest.ipynb #54307358
-def photo_rows(
-    ds:Dataset, # with files
+def photo_rows(ds:Dataset, # with files
 )->list: # of PhotoRow, not measured
     "Rows of a data set whose photos are files. Raises `DataError` for drawn ones."
     need(ds.files is not None, ds.name, 'draws its photos: there are no files to list',
@@ -92,8 +89,7 @@ def photo_rows(
             for id in ds.ids]
 
 # %% ../nbs/80_manifest.ipynb #86078591
-def tar_sample(
-    ds:Dataset, # photos
+def tar_sample(ds:Dataset, # photos
     id:str, # which
 )->dict: # ending -> content, and `__key__`
     "A photo as WebDataset has it: a file goes in as it is, a drawing and a mask as PNG"
@@ -110,8 +106,7 @@ def tar_sample(
     return {'__key__': key, **photo, 'json': json.dumps(labels).encode()}
 
 # %% ../nbs/80_manifest.ipynb #212233b2
-def write_tars(
-    ds:Dataset, # any
+def write_tars(ds:Dataset, # any
     folder:str|Path, # for SPLIT-000000.tar, ... and classes.txt
     per_tar:int=2000, # photos in a file
 )->list: # paths of the files
@@ -127,8 +122,7 @@ def write_tars(
     return sorted(folder.glob(f'{ds.split}-*.tar'))
 
 # %% ../nbs/80_manifest.ipynb #217b3633
-def sample_labels(
-    parts:dict, # ending -> bytes
+def sample_labels(parts:dict, # ending -> bytes
     classes:list, # names
     where:str, # for messages
 )->tuple: # id or None, [class index], are they known?
@@ -147,8 +141,7 @@ def sample_labels(
     return id, sorted({index(n) for n in names or ()}), names is not None
 
 # %% ../nbs/80_manifest.ipynb #8366e37c
-def tar_row(
-    address:str, # of the tar file
+def tar_row(address:str, # of the tar file
     key:str, # name that its members have in common
     there:dict, # ending -> tarfile.TarInfo of them
     read:Callable, # TarInfo -> bytes
@@ -164,8 +157,7 @@ def tar_row(
     return PhotoRow(str(id or unquote(key)), address, w, h, labels, known, m.offset_data, m.size, *place)
 
 # %% ../nbs/80_manifest.ipynb #6636a261
-def tar_photos(
-    address:str, # of a tar file
+def tar_photos(address:str, # of a tar file
     classes:list, # names
 )->tuple: # measured rows, [(id, problem)]
     "Rows of one WebDataset tar file, read once from front to back. Raises `DataError` if it is none."
@@ -213,8 +205,7 @@ def rows_of(
     return about, [], [partial(tar_photos, u, list(classes)) for u in urls]
 
 # %% ../nbs/80_manifest.ipynb #00e81a22
-def measured(
-    tasks:list, # functions that give (rows, bad)
+def measured(tasks:list, # functions that give (rows, bad)
     workers:int=None, # processes, default one a core; 1: this one
 )->Iterator: # of (rows, bad), in the order of the tasks
     "Results of the tasks, computed by worker processes"
@@ -223,8 +214,7 @@ def measured(
     with several() if n>1 else ThreadPoolExecutor(1) as pool: yield from prefetch(pool, partial.__call__, tasks, 2*n)
 
 # %% ../nbs/80_manifest.ipynb #aefc7a29
-def near(
-    place:str, # file or address
+def near(place:str, # file or address
     folder:Path, # of the manifest
 )->str: # relative to the folder, where it is below it
     "A place as a manifest notes it, so that both may move together"
@@ -233,8 +223,7 @@ def near(
     return Path(place).absolute().relative_to(here).as_posix() if inside else place
 
 # %% ../nbs/80_manifest.ipynb #b00b5f57
-def write_split(
-    write:Callable, # of a list of dicts, one a row
+def write_split(write:Callable, # of a list of dicts, one a row
     found:Iterator, # of (rows, bad), see `measured`
     folder:Path, # of the manifest
 )->tuple: # number of rows, [(id, problem)], is there any mask?
@@ -250,8 +239,7 @@ def write_split(
     return len(seen), bad, masks
 
 # %% ../nbs/80_manifest.ipynb #392bc85f
-def make_manifest(
-    spec:str, # see `rows_of`
+def make_manifest(spec:str, # see `rows_of`
     out:str|Path, # Parquet file to write
     splits:list=('train',), # parts of the data, in this order
     classes:list=None, # names, of tar files
@@ -277,8 +265,7 @@ def make_manifest(
 class Manifest:
     "A manifest on disk: what its rows have in common, and any range of them"
     def __init__(self,
-        path:str|Path, # Parquet file of `make_manifest`
-    ):
+        path:str|Path): # Parquet file of `make_manifest`
         self.path, pq = Path(path), need_extra('pyarrow.parquet', 'scale')
         need(self.path.is_file(), path, 'there is no such file', 'Write it with mct_manifest')
         try: self.file = pq.ParquetFile(self.path)
@@ -304,8 +291,7 @@ class Rows:
     def __init__(self,
         manifest:Manifest, # where they are from
         start:int, # first row
-        stop:int, # row after the last
-    ):
+        stop:int): # row after the last
         t = manifest.rows(start, stop)
         self.about, self.folder, self.ids = manifest.about, manifest.path.parent, t['id'].to_pylist()
         self.at = {id: i for i,id in enumerate(self.ids)}
@@ -348,8 +334,7 @@ def mask(self:Rows,
     return m
 
 # %% ../nbs/80_manifest.ipynb #fc5201c3
-def manifest_dataset(
-    path:str|Path, # Parquet file of `make_manifest`
+def manifest_dataset(path:str|Path, # Parquet file of `make_manifest`
     split:str='train', # one of its splits
     on_bad:str='raise', # taken as other data sets take it; what could not be used is not in the file
     rows:tuple=None, # (first, after the last) of the split: only these

@@ -25,8 +25,7 @@ class MaskTransformer(nn.Module):
         num_classes:int, # C, without background
         heads:int, # of each block; the encoder's (reference)
         depth:int=2, # blocks (reference)
-        dropout:float=.1, # in attention and MLP (reference)
-    ):
+        dropout:float=.1): # in attention and MLP (reference)
         super().__init__()
         D, block = channels, dict(mlp_ratio=4, qkv_bias=True, proj_drop=dropout, attn_drop=dropout)
         self.inward = nn.Linear(D, D)
@@ -58,8 +57,7 @@ class Segmenter(nn.Module):
         pretrained:bool|str|Path=False, # weights of the backbone: True timm's hub, a path that file
         depth:int=2, # blocks of the decoder (WeakTr)
         dropout:float=.1, # of the decoder (WeakTr)
-        **backbone_args, # of `DenseBackbone`, e.g. drop_path (WeakTr: .1)
-    ):
+        **backbone_args): # of `DenseBackbone`, e.g. drop_path (WeakTr: .1)
         super().__init__()
         named = isinstance(backbone, str)
         self.backbone = DenseBackbone(backbone, pretrained=pretrained, **backbone_args) if named else backbone
@@ -89,8 +87,7 @@ def decoder_network(
     return DECODERS[decoder]
 
 # %% ../nbs/40a_mask_decoder.ipynb #maskdec018
-def segment_network(
-    num_classes:int, # C, without background
+def segment_network(num_classes:int, # C, without background
     decoder:str='fov', # see `decoder_network`
     **options, # of the network
 ) -> nn.Module: # DeepLab or Segmenter

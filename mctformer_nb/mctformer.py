@@ -30,8 +30,7 @@ class MCTOutput(NamedTuple):
     patch: torch.Tensor|None # (B,C) from the patch tokens, None for V1 and baselines
 
 # %% ../nbs/11_mctformer.ipynb #d76a1852
-def class_scores(
-    tokens:torch.Tensor, # (B,C,D) output class tokens
+def class_scores(tokens:torch.Tensor, # (B,C,D) output class tokens
     score:str='avg', # 'avg' (Eq. 4), 'max' or 'fc' (Table 7)
     fc:nn.Conv1d=None, # the grouped Conv1d(C, C, D) of 'fc'
 ) -> torch.Tensor: # (B,C)
@@ -42,8 +41,7 @@ def class_scores(
     return fc(tokens).squeeze(-1)                                  # (B,C,1) -> (B,C)
 
 # %% ../nbs/11_mctformer.ipynb #c1b26ab6
-def start_tokens(
-    vit:VisionTransformer, # backbone; a single class token or none, perhaps registers
+def start_tokens(vit:VisionTransformer, # backbone; a single class token or none, perhaps registers
     num_classes:int, # C
     random:bool=False, # each token and row its own, instead of copies of the backbone's
 ) -> dict: # first values: cls_token, pos_embed_cls (1,C,D), reg_token (1,R,D) or None, pos_embed_pat (1,M,D)
@@ -59,8 +57,7 @@ def start_tokens(
     return dict(cls_token=token, pos_embed_cls=row, reg_token=registers, pos_embed_pat=pos[:, n:].clone())
 
 # %% ../nbs/11_mctformer.ipynb #17b4ebe5
-def start_head(
-    conv:nn.Module, # a convolution, changed in place
+def start_head(conv:nn.Module, # a convolution, changed in place
     init:str='reference', # 'reference': as torch starts it; 'timm': standard deviation 0.02, bias 0
 ) -> nn.Module: # the same
     "The start of a patch head or a score head."
@@ -73,8 +70,7 @@ def start_head(
 onednn_linear = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if torch.backends.mkldnn.is_available() else None
 
 # %% ../nbs/11_mctformer.ipynb #fusegelu3
-def fits_onednn(
-    x:torch.Tensor, # (...,D)
+def fits_onednn(x:torch.Tensor, # (...,D)
     weight:torch.Tensor, # (D',D)
 ) -> bool:
     "Can this linear layer be one operation of oneDNN here?"
@@ -103,8 +99,7 @@ class LeanMlp(Mlp):
     def last(self, x): return self.drop2(self.fc2(self.norm(self.drop1(x))))           # (B,N,4D) -> (B,N,D)
 
 # %% ../nbs/11_mctformer.ipynb #5k1p0001
-def skips(
-    block:nn.Module, # a transformer block
+def skips(block:nn.Module, # a transformer block
     t:torch.Tensor, # tokens (B,N,D)
 ) -> bool:
     "Is it worth to compute only what stochastic depth keeps?"
@@ -112,8 +107,7 @@ def skips(
     return plain and len(t) > 1 and getattr(block.drop_path1, 'drop_prob', 0) > 0
 
 # %% ../nbs/11_mctformer.ipynb #5k1p0002
-def add_kept(
-    path:nn.Module, # timm's DropPath
+def add_kept(path:nn.Module, # timm's DropPath
     branch:Callable, # tokens (b,N,D) -> (b,N,D)
     t:torch.Tensor, # tokens (B,N,D)
 ) -> torch.Tensor: # (B,N,D)
@@ -127,8 +121,7 @@ def add_kept(
     return t.index_add(0, some, added, alpha=0. if none else 1/keep)
 
 # %% ../nbs/11_mctformer.ipynb #5k1p0003
-def block_of_kept(
-    block:Block, # of timm, in training
+def block_of_kept(block:Block, # of timm, in training
     t:torch.Tensor, # tokens (B,N,D)
 ) -> torch.Tensor: # (B,N,D)
     "`block(t)` with `add_kept`"
@@ -229,8 +222,7 @@ class MCTformer(nn.Module):
         return MCTOutput(class_scores(c, self.score, self.score_head), patch)
 
 # %% ../nbs/11_mctformer.ipynb #de21fc5c
-def classifier_config(
-    model:nn.Module, # an MCTformer or a baseline
+def classifier_config(model:nn.Module, # an MCTformer or a baseline
 ) -> dict: # plain values
     "What rebuilds a classifier: the part of `config.json` that its kind writes."
     args = {k: v for k,v in model.backbone_args.items() if k != 'cnn_weights'}
@@ -241,8 +233,7 @@ def classifier_config(
 VARIANTS = {v: partial(MCTformer, variant=v) for v in ('v1', 'v2')} # -> function (num_classes, backbone=, ...) -> model
 
 # %% ../nbs/11_mctformer.ipynb #91233f68
-def build_model(
-    num_classes:int, # C, foreground classes
+def build_model(num_classes:int, # C, foreground classes
     variant:str='v2', # a key of `VARIANTS`
     **kwargs, # of the model, see `MCTformer`
 ) -> nn.Module: # the model
@@ -252,8 +243,7 @@ def build_model(
     return VARIANTS[variant](num_classes, **kwargs)
 
 # %% ../nbs/11_mctformer.ipynb #57a47f4a
-def start_from_run(
-    model:nn.Module, # classifier, changed in place
+def start_from_run(model:nn.Module, # classifier, changed in place
     folder:str|Path, # run folder, of the same variant and backbone
     classes:list, # names of the model's classes, in order
 ) -> nn.Module: # the same

@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 # %% ../nbs/01_mini.ipynb #66891bae
-def ellipse(
-    cx:float=0., # centre
+def ellipse(cx:float=0., # centre
     cy:float=0., # centre
     rx:float=1., # radius along x
     ry:float=None, # radius along y, default `rx`
@@ -90,8 +89,7 @@ def pretrain_classes() -> list[str]: # names such as `heart-ears`
 _PRETRAIN = PRETRAIN                                     # older spelling
 
 # %% ../nbs/01_mini.ipynb #ffe63fd7
-def value_noise(
-    rng:np.random.Generator, # source of randomness
+def value_noise(rng:np.random.Generator, # source of randomness
     n:int, # side in pixels
     cells:int, # bumps a side, about
 )->np.ndarray: # (n,n,1) in [0,1]
@@ -100,8 +98,7 @@ def value_noise(
     return np.asarray(a.resize((n, n), Image.BICUBIC)).clip(0, 1)[..., None]
 
 # %% ../nbs/01_mini.ipynb #b675fd13
-def hsv_colour(
-    h:float, # hue in turns, any number
+def hsv_colour(h:float, # hue in turns, any number
     s:float, # saturation, clipped to [0,1]
     v:float, # brightness, clipped to [0,1]
 )->np.ndarray: # float32 (3,) in [0,1]
@@ -109,11 +106,9 @@ def hsv_colour(
     return np.array(colorsys.hsv_to_rgb(h % 1, np.clip(s, 0, 1), np.clip(v, 0, 1)), np.float32)
 
 # %% ../nbs/01_mini.ipynb #0d8e83af
-def draw_scrap(
-    rng:np.random.Generator, # source of randomness
+def draw_scrap(rng:np.random.Generator, # source of randomness
     d:ImageDraw.ImageDraw, # drawing
-    n:int, # its side in pixels
-):
+    n:int): # its side in pixels
     "One piece of litter on drawing `d`: pebble, twig, shard or chip, in any colour"
     c = tuple(int(255*v) for v in hsv_colour(rng.random(), rng.uniform(.1,.8), rng.uniform(.25,.95)))
     (x,y), r, th = rng.random(2)*n, rng.uniform(.015,.055)*n, 2*np.pi*rng.random()
@@ -124,8 +119,7 @@ def draw_scrap(
         case 3: d.rectangle([x-r, y-r, x+1.2*r, y+.8*r], fill=c)
 
 # %% ../nbs/01_mini.ipynb #fea9fd73
-def draw_background(
-    rng:np.random.Generator, # source of randomness
+def draw_background(rng:np.random.Generator, # source of randomness
     n:int, # side in pixels
 )->np.ndarray: # float (n,n,3) in [0,1]
     "Two related colours mixed by noise and a gradient, grain on top, then 10-25 scraps"
@@ -139,8 +133,7 @@ def draw_background(
     return np.asarray(im, np.float32)/255
 
 # %% ../nbs/01_mini.ipynb #80fb8cc9
-def class_polygons(
-    rng:np.random.Generator, # source of randomness
+def class_polygons(rng:np.random.Generator, # source of randomness
     spec:tuple, # (body, part, hue) of the class
 )->list: # [(points (n,2), brightness, outlined?)]; brightness None marks the eyes
     "All polygons of an object in the unit frame, in drawing order"
@@ -152,8 +145,7 @@ def class_polygons(
     return out
 
 # %% ../nbs/01_mini.ipynb #443046c6
-def draw_object(
-    rng:np.random.Generator, # source of randomness
+def draw_object(rng:np.random.Generator, # source of randomness
     n:int, # side of the canvas in pixels
     spec:tuple, # (body, part, hue) of the class
     r:float, # radius in pixels
@@ -178,8 +170,7 @@ def draw_object(
     return a.clip(0,1), np.asarray(m)
 
 # %% ../nbs/01_mini.ipynb #ef1ec13e
-def place_object(
-    rng:np.random.Generator, # source of randomness
+def place_object(rng:np.random.Generator, # source of randomness
     n:int, # side of the picture in pixels
     others:list, # [(centre, radius)] of the objects that are there
     r:float, # radius of the new one in pixels
@@ -191,13 +182,12 @@ def place_object(
     return tries[next((i for i,v in enumerate(room) if v>.9), int(np.argmax(room)))]
 
 # %% ../nbs/01_mini.ipynb #0c2e97ed
-def draw_scene(
-    index:int,           # which scene of the split
-    size:int=96,         # side in pixels
-    split:str='train',   # 'train' | 'val' | 'pretrain' (the other classes)
-    seed:int=0,          # another seed is another data set
-    objects=(1,3),       # fewest and most objects
-    scale=(.25,.36),     # radius of a lone object as a part of the side; two are 10 %, three 20 % smaller
+def draw_scene(index:int, # which scene of the split
+    size:int=96, # side in pixels
+    split:str='train', # 'train' | 'val' | 'pretrain' (the other classes)
+    seed:int=0, # another seed is another data set
+    objects=(1,3), # fewest and most objects
+    scale=(.25,.36), # radius of a lone object as a part of the side; two are 10 %, three 20 % smaller
 ) -> tuple[np.ndarray, np.ndarray]: # image uint8 (size,size,3), mask uint8 (size,size): 0 background, class index + 1
     """Scene `index` of a split: the same arguments always draw the same picture;
     `ValueError` for other splits, sides under 16"""

@@ -27,23 +27,22 @@ from .views import input_spec, to_input
 @torch.no_grad()
 def class_probability(
     model:torch.nn.Module, # classifier: (B,3,H,W) -> logits (B,C) of class tokens and, or None, of patches
-    x:torch.Tensor,        # (B,3,H,W), normalised
-    c:int,                 # class index
-    batch_size:int=32,     # photos at a time
-) -> torch.Tensor:         # (B,) in [0,1], on the CPU
+    x:torch.Tensor, # (B,3,H,W), normalised
+    c:int, # class index
+    batch_size:int=32, # photos at a time
+) -> torch.Tensor: # (B,) in [0,1], on the CPU
     "Probability of one class for every photo"
     p = next(model.parameters())
     with evaluating(model): outs = [model(b.to(p.device, p.dtype)) for b in x.split(batch_size)]
     return torch.cat([torch.stack([s[:, c] for s in o if s is not None]).float().sigmoid().mean(0) for o in outs]).cpu()
 
 # %% ../nbs/26_no_masks.ipynb #f3635920
-def photos_with_maps(
-    model:torch.nn.Module, # classifier that shall be asked: its patch size matters
-    ds:Dataset,            # photos
-    seeds:str|Path,        # folder of `<id>.npz`
-    n:int=24,              # photos, evenly spread over those that have a seed with a class
-    size:int=None,         # short side that the classifier sees, in pixels; default the photo's own
-) -> Iterator:             # id, class index, photo (1,3,H,W), map (1,1,H,W)
+def photos_with_maps(model:torch.nn.Module, # classifier that shall be asked: its patch size matters
+    ds:Dataset, # photos
+    seeds:str|Path, # folder of `<id>.npz`
+    n:int=24, # photos, evenly spread over those that have a seed with a class
+    size:int=None, # short side that the classifier sees, in pixels; default the photo's own
+) -> Iterator: # id, class index, photo (1,3,H,W), map (1,1,H,W)
     "Photo and map of each class in the seeds, at the size of the network's input. `DataError` if there is no seed"
     ids = [id for id in ds.ids if has_seed(seeds, id)]
     need(ids, seeds, f'holds no seed of {ds.name} {ds.split}', 'Write them with mct_seeds, or check split and folder')
@@ -62,13 +61,12 @@ METHOD_BACKGROUND = dict( # rule or kind of the maps, see `localize` -> the back
 )
 
 # %% ../nbs/26_no_masks.ipynb #ev1dence1
-def map_evidence(
-    model:torch.nn.Module, # classifier that is asked
-    ds:Dataset,            # photos; their masks, if there are any, are not read
-    seeds:str|Path,        # folder of `<id>.npz`
+def map_evidence(model:torch.nn.Module, # classifier that is asked
+    ds:Dataset, # photos; their masks, if there are any, are not read
+    seeds:str|Path, # folder of `<id>.npz`
     thresholds:np.ndarray, # (T,) candidates
-    **asked,               # of `photos_with_maps`: n, size
-) -> tuple:                # gap (difference of probabilities), share of the pixels: float32 (maps,T)
+    **asked, # of `photos_with_maps`: n, size
+) -> tuple: # gap (difference of probabilities), share of the pixels: float32 (maps,T)
     "What the classifier says of each map at each threshold: E(t) before the mean. `DataError` if there is no seed"
     ts, rows = torch.tensor(np.asarray(thresholds, np.float32)), []
     for _,c,x,m in photos_with_maps(model, ds, seeds, **asked):
@@ -79,11 +77,10 @@ def map_evidence(
     return tuple(torch.stack(r).numpy() for r in zip(*rows))
 
 # %% ../nbs/26_no_masks.ipynb #ev1dence5
-def nearest_undecided(
-    evidence:np.ndarray,   # (maps,T)
+def nearest_undecided(evidence:np.ndarray, # (maps,T)
     thresholds:np.ndarray, # (T,)
-    prior:float=.39,       # what is known without evidence: the method's constant
-) -> tuple:                # the threshold, and which of them are undecided: bool (T,)
+    prior:float=.39, # what is known without evidence: the method's constant
+) -> tuple: # the threshold, and which of them are undecided: bool (T,)
     "Of the thresholds whose evidence is within one standard error of the best, the nearest to `prior`"
     behind = evidence[:, [evidence.mean(0).argmax()]] - evidence             # (maps,T): what each map loses there
     undecided = behind.mean(0) <= behind.std(0)/len(behind)**.5
@@ -91,9 +88,8 @@ def nearest_undecided(
     return float(ts[np.where(undecided, np.abs(ts-prior), np.inf).argmin()]), undecided
 
 # %% ../nbs/26_no_masks.ipynb #ev1dence9
-def prior_background(
-    seeds:str|Path, # folder of seeds with the note of its settings
-) -> float:         # of `METHOD_BACKGROUND`
+def prior_background(seeds:str|Path, # folder of seeds with the note of its settings
+) -> float: # of `METHOD_BACKGROUND`
     "The constant of the method that made the maps; of the reference where nothing is noted"
     note = Path(seeds)/'_seeds.json'
     settings = read_json(note) if note.is_file() else {}
@@ -102,14 +98,13 @@ def prior_background(
     return METHOD_BACKGROUND[method]
 
 # %% ../nbs/26_no_masks.ipynb #13299253
-def choose_background(
-    model:torch.nn.Module, # classifier that is asked
-    ds:Dataset,            # photos; their masks, if there are any, are not read
-    seeds:str|Path,        # folder of `<id>.npz`
+def choose_background(model:torch.nn.Module, # classifier that is asked
+    ds:Dataset, # photos; their masks, if there are any, are not read
+    seeds:str|Path, # folder of `<id>.npz`
     thresholds:np.ndarray=np.arange(10, 90, 5)/100, # (T,) candidates
-    prior:float=None,      # the method's constant, default by the note of the seeds
-    **asked,               # of `photos_with_maps`: n, size
-) -> AttrDict:             # background: the choice; thresholds, gap, share, evidence, undecided (T,)
+    prior:float=None, # the method's constant, default by the note of the seeds
+    **asked, # of `photos_with_maps`: n, size
+) -> AttrDict: # background: the choice; thresholds, gap, share, evidence, undecided (T,)
     "Background score by evidence, see `nearest_undecided`. Raises `DataError` if there is no seed"
     gap, share = map_evidence(model, ds, seeds, thresholds, **asked)
     prior = prior_background(seeds) if prior is None else prior
@@ -118,32 +113,29 @@ def choose_background(
     return AttrDict(means, background=background, thresholds=np.asarray(thresholds), undecided=undecided)
 
 # %% ../nbs/26_no_masks.ipynb #60d48303
-def map_rank(
-    m:torch.Tensor, # map (1,1,H,W)
-) -> torch.Tensor:  # (1,1,H,W): share of the pixels that come before, 0 for the highest score
+def map_rank(m:torch.Tensor, # map (1,1,H,W)
+) -> torch.Tensor: # (1,1,H,W): share of the pixels that come before, 0 for the highest score
     "Place of every pixel in the order of the map, equal scores in reading order"
     order = m.flatten().argsort(descending=True, stable=True)                            # (HW,)
     return (torch.empty(m.numel()).scatter_(0, order, torch.arange(m.numel())*1.)/m.numel()).view_as(m)
 
 # %% ../nbs/26_no_masks.ipynb #1da36be7
-def deletion_insertion(
-    model:torch.nn.Module, # classifier that is asked
-    x:torch.Tensor,        # photo (1,3,H,W), normalised
-    m:torch.Tensor,        # map (1,1,H,W)
-    c:int,                 # class index
-    steps:int=16,          # equal steps from none to all of the pixels
-) -> tuple:                # deletion, insertion: (steps+1,) probabilities, on the CPU
+def deletion_insertion(model:torch.nn.Module, # classifier that is asked
+    x:torch.Tensor, # photo (1,3,H,W), normalised
+    m:torch.Tensor, # map (1,1,H,W)
+    c:int, # class index
+    steps:int=16, # equal steps from none to all of the pixels
+) -> tuple: # deletion, insertion: (steps+1,) probabilities, on the CPU
     "Probability of the class while pixels are deleted from the photo, or inserted, highest score first"
     top = (map_rank(m) < torch.linspace(0, 1, steps+1).reshape(-1, 1, 1, 1)).float()      # (steps+1,1,H,W)
     return class_probability(model, x*(1-top), c), class_probability(model, x*top, c)
 
 # %% ../nbs/26_no_masks.ipynb #3fc9c158
-def fill_from_neighbours(
-    x:torch.Tensor,     # (1,3,H,W)
-    away:torch.Tensor,  # bool (H,W): pixels to fill; not all of them
-    noise:float=.01,    # standard deviation of what is added to filled pixels (ROAD)
-    seed:int=0,         # of the noise
-) -> torch.Tensor:      # (1,3,H,W)
+def fill_from_neighbours(x:torch.Tensor, # (1,3,H,W)
+    away:torch.Tensor, # bool (H,W): pixels to fill; not all of them
+    noise:float=.01, # standard deviation of what is added to filled pixels (ROAD)
+    seed:int=0, # of the noise
+) -> torch.Tensor: # (1,3,H,W)
     "Noisy linear imputation: missing pixels as weighted means of their eight neighbours"
     beside = [csr_matrix(np.eye(s, k=1) + np.eye(s, k=-1)) for s in away.shape]          # next rows, columns
     direct = kron(beside[0], identity(away.shape[1])) + kron(identity(away.shape[0]), beside[1])
@@ -155,13 +147,12 @@ def fill_from_neighbours(
     return torch.tensor(pixels.T.reshape(x.shape), dtype=x.dtype)                        # (3,HW) -> (1,3,H,W)
 
 # %% ../nbs/26_no_masks.ipynb #d8506659
-def road_score(
-    model:torch.nn.Module,   # classifier that is asked
-    x:torch.Tensor,          # photo (1,3,H,W), normalised
-    m:torch.Tensor,          # map (1,1,H,W)
-    c:int,                   # class index
+def road_score(model:torch.nn.Module, # classifier that is asked
+    x:torch.Tensor, # photo (1,3,H,W), normalised
+    m:torch.Tensor, # map (1,1,H,W)
+    c:int, # class index
     shares:tuple=(.2, .5, .8), # of the pixels that are removed, between 0 and 1
-) -> float:                  # in [-.5,.5], the higher the better
+) -> float: # in [-.5,.5], the higher the better
     "ROAD: mean over shares of [p(c | lowest scores removed) - p(c | highest scores removed)]/2"
     rank = map_rank(m)[0, 0]                                                             # (H,W)
     need(min(shares)>0 and max(shares)<1, 'shares', f'{shares} reach 0 or 1', 'Remove some of the pixels, not all')
@@ -170,13 +161,12 @@ def road_score(
     return float((lowest-highest).mean()/2)
 
 # %% ../nbs/26_no_masks.ipynb #8b9710c8
-def map_quality(
-    model:torch.nn.Module, # classifier that is asked, the same one for all maps that shall be compared
-    ds:Dataset,            # photos; no masks are needed
-    seeds:str|Path,        # folder of `<id>.npz`
-    n:int=24,              # photos, see `photos_with_maps`
-    size:int=None,         # short side that the classifier sees, in pixels; default the photo's own (slow if large)
-) -> AttrDict:             # deletion, insertion (areas), road: means in percent; rows: one dict a map
+def map_quality(model:torch.nn.Module, # classifier that is asked, the same one for all maps that shall be compared
+    ds:Dataset, # photos; no masks are needed
+    seeds:str|Path, # folder of `<id>.npz`
+    n:int=24, # photos, see `photos_with_maps`
+    size:int=None, # short side that the classifier sees, in pixels; default the photo's own (slow if large)
+) -> AttrDict: # deletion, insertion (areas), road: means in percent; rows: one dict a map
     "How well the maps tell the pixels that the classifier needs. Raises `DataError` if there is no seed"
     rows = []
     for id,c,x,m in photos_with_maps(model, ds, seeds, n, size):
@@ -187,10 +177,9 @@ def map_quality(
     return AttrDict({k: float(np.mean([r[k] for r in rows])) for k in ('deletion', 'insertion', 'road')}, rows=rows)
 
 # %% ../nbs/26_no_masks.ipynb #c79145fc
-def quality_table(
-    first:AttrDict,       # of `map_quality`
+def quality_table(first:AttrDict, # of `map_quality`
     second:AttrDict=None, # of `map_quality` on the same photos, with the same classifier
-) -> str:                 # lines of text
+) -> str: # lines of text
     "Deletion, insertion and ROAD in percent; with `second` the mean difference, second - first, and its standard error"
     pairs = {(r['id'], r['label']): r for r in first.rows}
     both = [(pairs[key], r) for r in (second or first).rows if (key := (r['id'], r['label'])) in pairs]
@@ -204,12 +193,11 @@ def quality_table(
     return '\n'.join(lines[second is None:] + [f'{len(both)} maps'])
 
 # %% ../nbs/26_no_masks.ipynb #aafc26ac
-def background_costs(
-    seeds:str|Path,  # folder of `<id>.npz`, or what else `sweep_threshold` takes
-    ds:Dataset,      # with masks
-    choices:dict,    # name -> background score
-    **options,       # of `sweep_threshold`: classes, skip_missing, absent
-) -> list:           # dicts choice, threshold, miou, cost (percent); the oracle first
+def background_costs(seeds:str|Path, # folder of `<id>.npz`, or what else `sweep_threshold` takes
+    ds:Dataset, # with masks
+    choices:dict, # name -> background score
+    **options, # of `sweep_threshold`: classes, skip_missing, absent
+) -> list: # dicts choice, threshold, miou, cost (percent); the oracle first
     "What each background score costs against the best one of the published sweep"
     ts = np.unique([*np.arange(60)/100, *choices.values()])
     r = sweep_threshold(seeds, ds, ts, **options)
@@ -220,9 +208,8 @@ def background_costs(
     return [row(k, ts[i], r.miou[i]) for k,i in at.items()]
 
 # %% ../nbs/26_no_masks.ipynb #bb6b6850
-def cost_table(
-    rows:list, # of `background_costs`
-) -> str:      # lines of text
+def cost_table(rows:list, # of `background_costs`
+) -> str: # lines of text
     "Oracle's threshold, the chosen ones, and what they cost"
     width = max(len(r['choice']) for r in rows) + 2
     lines = [f'{r["choice"]:<{width}}{r["threshold"]:>10.2f}{r["miou"]:>8.1f}{r["cost"]:>8.1f}' for r in rows]

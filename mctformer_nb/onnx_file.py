@@ -23,8 +23,7 @@ from .views import input_spec
 class PhotoNet(nn.Module):
     "A network that takes photos as bytes (B,H,W,3)"
     def __init__(self,
-        net:nn.Module, # of a run
-    ):
+        net:nn.Module): # of a run
         super().__init__()
         self.net, self.spec = net.eval(), input_spec(net)
     def view(self, photos): return self.spec.normalise(photos.permute(0, 3, 1, 2).float()/255) # (B,H,W,3) -> (B,3,H,W)
@@ -43,8 +42,7 @@ class PhotoMaps(PhotoNet):
     outputs = 'probabilities', 'maps'
     def __init__(self,
         net:nn.Module, # of a run
-        **maps, # kind, layers, refine, rule of `localize`
-    ):
+        **maps): # kind, layers, refine, rule of `localize`
         super().__init__(net)
         self.maps = maps
     def forward(self, photos): # uint8 (B,H,W,3)
@@ -55,8 +53,7 @@ class PhotoMaps(PhotoNet):
         return p, (m-low)/(high-low).clamp_min(1e-9)
 
 # %% ../nbs/47_onnx_file.ipynb #67523257
-def photo_network(
-    run:str|Path|tuple|None, # run folder; (network, class names); None: the network in the package
+def photo_network(run:str|Path|tuple|None, # run folder; (network, class names); None: the network in the package
     maps:dict=None, # of a classifier: kind, layers, refine, rule of `localize`
 ) -> tuple: # `PhotoMasks` or `PhotoMaps`, class names
     "What is to be written of a run. Raises `DataError`."
@@ -66,8 +63,7 @@ def photo_network(
     return PhotoMaps(net, **classifier_settings(net, cfg, maps)['maps']), names
 
 # %% ../nbs/47_onnx_file.ipynb #25b5a027
-def write_onnx(
-    run:str|Path|tuple|None, # as in `photo_network`
+def write_onnx(run:str|Path|tuple|None, # as in `photo_network`
     path:str|Path, # file to write
     size:int|tuple=224, # side, or (height, width), of the photos in pixels
     batch:int=1, # photos at once
@@ -92,8 +88,7 @@ def write_onnx(
                     megabytes=round(Path(path).stat().st_size/1e6, 1))
 
 # %% ../nbs/47_onnx_file.ipynb #c86863f1
-def onnx_difference(
-    path:str|Path, # ONNX file
+def onnx_difference(path:str|Path, # ONNX file
     run:str|Path|tuple|None, # that it was written from
     photos:np.ndarray, # uint8 (B,H,W,3)
     **maps, # as in `write_onnx`

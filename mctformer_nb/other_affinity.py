@@ -20,8 +20,7 @@ from .views import InputSpec, input_spec, rgb_tensor, view_size
 from .vit import build_vit, capture_qk
 
 # %% ../nbs/20a_other_affinity.ipynb #c973c158
-def affinity_vit(
-    name:str='vit_small_patch14_dinov2', # of a plain ViT in timm
+def affinity_vit(name:str='vit_small_patch14_dinov2', # of a plain ViT in timm
     weights:bool|str|Path=None, # weight file; default (or True) the pretrained ones of that name; False: random values
 ) -> nn.Module: # frozen, in evaluation mode, with `input_spec`
     "A pretrained ViT whose patch attention serves as affinity. Raises `DataError` if it or its weights cannot be had"
@@ -35,10 +34,9 @@ def affinity_vit(
     return vit.eval().requires_grad_(False)
 
 # %% ../nbs/20a_other_affinity.ipynb #1b208834
-def sinkhorn(
-    affinity:Tensor, # (B,M,M), positive
-    rounds:int=3,    # of columns, then rows (CLIP-ES: 3)
-) -> Tensor:         # (B,M,M), symmetric, rows and columns sum to about 1
+def sinkhorn(affinity:Tensor, # (B,M,M), positive
+    rounds:int=3, # of columns, then rows (CLIP-ES: 3)
+) -> Tensor: # (B,M,M), symmetric, rows and columns sum to about 1
     "The affinity scaled until rows and columns sum to one, then made symmetric"
     for _ in range(rounds):
         affinity = affinity/affinity.sum(-2, keepdim=True)        # columns sum to 1
@@ -47,13 +45,12 @@ def sinkhorn(
 
 # %% ../nbs/20a_other_affinity.ipynb #996ab4c2
 @torch.no_grad()
-def patch_affinity(
-    vit:nn.Module,    # a plain timm ViT, see `affinity_vit`
-    x:Tensor,         # images (B,3,H,W), normalised for `vit`, H and W multiples of its patch size
-    layers:int=2,     # how many of the last blocks, None for all
-    norm:str='sum',   # 'sum' over the blocks (Eq. 3) or 'sinkhorn' of it
-    power:int=1,      # of the matrix: steps from patch to patch (CLIP-ES: 2)
-) -> Tensor:          # (B,M,M), float32, row = who collects
+def patch_affinity(vit:nn.Module, # a plain timm ViT, see `affinity_vit`
+    x:Tensor, # images (B,3,H,W), normalised for `vit`, H and W multiples of its patch size
+    layers:int=2, # how many of the last blocks, None for all
+    norm:str='sum', # 'sum' over the blocks (Eq. 3) or 'sinkhorn' of it
+    power:int=1, # of the matrix: steps from patch to patch (CLIP-ES: 2)
+) -> Tensor: # (B,M,M), float32, row = who collects
     "Patch-to-patch attention of another transformer, mean over heads, summed over its last blocks. Raises `DataError`"
     L, P = len(vit.blocks), vit.num_prefix_tokens                 # P tokens before the patches: class, registers
     need(norm in ('sum', 'sinkhorn'), f'affinity norm {norm!r}', 'unknown', "Use 'sum' or 'sinkhorn'")
@@ -66,10 +63,9 @@ def patch_affinity(
     return torch.linalg.matrix_power(sinkhorn(A) if norm == 'sinkhorn' else A, power)
 
 # %% ../nbs/20a_other_affinity.ipynb #0ef1cbd2
-def class_boxes(
-    maps:Tensor,        # (B,c,h,w), not negative
+def class_boxes(maps:Tensor, # (B,c,h,w), not negative
     threshold:float=.4, # share of a map's maximum (CLIP-ES: .4 for VOC)
-) -> Tensor:            # (B,c,h,w): 1 inside the bounding boxes of the connected parts above it, else 0
+) -> Tensor: # (B,c,h,w): 1 inside the bounding boxes of the connected parts above it, else 0
     "Boxes around the parts of every map that hang together"
     from scipy import ndimage                                     # only here: it takes a while to load
     on = (maps >= threshold*maps.amax((-2, -1), keepdim=True)) & (maps > 0)
@@ -100,12 +96,11 @@ class OtherAffinity:
                                                                      getattr(Image, spec.interpolation.upper()))))[None]
 
 # %% ../nbs/20a_other_affinity.ipynb #f38f520f
-def refine_by_other(
-    affinity:OtherAffinity|nn.Module, # a ViT alone stands for the settings' defaults
-    x:Tensor,                         # images (B,3,H,W) as another network takes them
-    maps:Tensor,                      # its maps of them (B,c,h,w), on any grid
-    spec:InputSpec=InputSpec(),       # how `x` was normalised
-) -> Tensor:                          # (B,c,h',w') on the grid of the affinity's network, float32
+def refine_by_other(affinity:OtherAffinity|nn.Module, # a ViT alone stands for the settings' defaults
+    x:Tensor, # images (B,3,H,W) as another network takes them
+    maps:Tensor, # its maps of them (B,c,h,w), on any grid
+    spec:InputSpec=InputSpec(), # how `x` was normalised
+) -> Tensor: # (B,c,h',w') on the grid of the affinity's network, float32
     "Maps refined by the patch affinity of another transformer (Eq. 3 and 7). Raises `DataError`"
     a = affinity if isinstance(affinity, OtherAffinity) else OtherAffinity(affinity)
     patch, vit, size = a.vit.patch_embed.feat_ratio(), a.vit.to(x.device), a.size((x.shape[-1], x.shape[-2]))

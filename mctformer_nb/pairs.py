@@ -13,8 +13,7 @@ from .core import need
 from .ranks import rank_mean
 
 # %% ../nbs/29a_pairs.ipynb #ae629fca
-def pair_offsets(
-    radius:int=5, # cells, PSA's value
+def pair_offsets(radius:int=5, # cells, PSA's value
 ) -> np.ndarray: # int64 (P,2) of (dy,dx), row by row; dy is never negative
     "Neighbours with dx^2 + dy^2 < radius^2, one of each opposite pair. Raises `DataError` for a radius without any."
     need(radius > 1, f'radius {radius}', 'no two cells are nearer than that', 'Use 2 or more, the reference uses 5')
@@ -24,8 +23,7 @@ def pair_offsets(
     return np.stack([dy[keep], dx[keep]], 1).astype(np.int64)
 
 # %% ../nbs/29a_pairs.ipynb #2eef0276
-def shifted(
-    x:torch.Tensor, # (...,h,w), or an array
+def shifted(x:torch.Tensor, # (...,h,w), or an array
     dy:int, # rows down, 0 or more
     dx:int, # columns to the right, negative to the left
 ) -> tuple: # two views (...,h-dy,w-|dx|), and the padding for `F.pad` that puts a result back into (...,h,w)
@@ -40,8 +38,7 @@ def shifted(
 BORDERS = 'all', 'reference' # which cells start pairs
 
 # %% ../nbs/29a_pairs.ipynb #d575e4d6
-def pair_starts(
-    size:tuple, # (h,w) of the grid
+def pair_starts(size:tuple, # (h,w) of the grid
     offsets:np.ndarray, # (P,2) from `pair_offsets`
     border:str='reference', # 'all' cells, or as in the published code those with all neighbours on the grid
 ) -> np.ndarray: # bool (h,w)
@@ -54,8 +51,7 @@ def pair_starts(
     return starts
 
 # %% ../nbs/29a_pairs.ipynb #091ab5ba
-def affinity_labels(
-    low:np.ndarray, # (k+1,H,W) CRF probabilities with much background, background first
+def affinity_labels(low:np.ndarray, # (k+1,H,W) CRF probabilities with much background, background first
     high:np.ndarray, # (k+1,H,W) the same with little background
     classes:np.ndarray, # (k,) class indices, 0-based
     stride:int=8, # pixels a cell; cells at the lower and right edge may be cut
@@ -70,8 +66,7 @@ def affinity_labels(
     return y
 
 # %% ../nbs/29a_pairs.ipynb #0b087a7c
-def pair_kinds(
-    labels:torch.Tensor, # (B,h,w) from `affinity_labels`
+def pair_kinds(labels:torch.Tensor, # (B,h,w) from `affinity_labels`
     offsets:np.ndarray, # (P,2) from `pair_offsets`
     border:str='all', # which cells start pairs, see `pair_starts`
 ) -> torch.Tensor: # uint8 (B,P,h,w): 0 no pair, 1 both background, 2 both the same class, 3 different
@@ -107,8 +102,7 @@ class PairDistance(torch.autograd.Function):
         return grad, None
 
 # %% ../nbs/29a_pairs.ipynb #b360a273
-def pair_affinity(
-    features:torch.Tensor, # (B,D,h,w)
+def pair_affinity(features:torch.Tensor, # (B,D,h,w)
     offsets:np.ndarray, # (P,2) from `pair_offsets`
 ) -> torch.Tensor: # float (B,P,h,w) in [0,1]
     "exp(-mean |f_i - f_j|) of each cell and its neighbour at each offset; 0 where there is no neighbour"
@@ -116,8 +110,7 @@ def pair_affinity(
     return torch.exp(-PairDistance.apply(f, offsets.tolist()))
 
 # %% ../nbs/29a_pairs.ipynb #5e0a56fe
-def pair_loss(
-    affinity:torch.Tensor, # (B,P,h,w) from `pair_affinity`
+def pair_loss(affinity:torch.Tensor, # (B,P,h,w) from `pair_affinity`
     kinds:torch.Tensor, # (B,P,h,w) from `pair_kinds`
     eps:float=1e-5, # added inside the logarithms (reference)
 ) -> torch.Tensor: # scalar, 0 without any pair

@@ -14,8 +14,7 @@ from .core import need
 PAR = dict(iterations=10, dilations=(1, 2, 4, 8, 12, 24)) # ToCo
 
 # %% ../nbs/23a_par.ipynb #67d0f7b6
-def check_pixels(
-    image:np.ndarray, # uint8 (H,W,3), RGB
+def check_pixels(image:np.ndarray, # uint8 (H,W,3), RGB
     probs:np.ndarray, # (K,H,W) in [0,1]
 ) -> tuple: # the image as a writable copy, the probabilities as float32
     "What a refinement takes, or a `DataError` that says why it does not"
@@ -30,8 +29,7 @@ def check_pixels(
     return image, probs
 
 # %% ../nbs/23a_par.ipynb #c8ba2bf2
-def neighbours(
-    x:torch.Tensor, # (C,H,W)
+def neighbours(x:torch.Tensor, # (C,H,W)
     dilations:tuple=PAR['dilations'], # distances in pixels
 ) -> Iterator: # of (C,H,W), eight for each distance, row by row
     "The value of every pixel's neighbours, one after the other"
@@ -43,8 +41,7 @@ def neighbours(
                 if dy or dx: yield wide[:, r+dy:r+dy+H, r+dx:r+dx+W]            # (C,H,W)
 
 # %% ../nbs/23a_par.ipynb #e44e945a
-def pixel_weights(
-    image:torch.Tensor, # float (3,H,W), any scale
+def pixel_weights(image:torch.Tensor, # float (3,H,W), any scale
     dilations:tuple=PAR['dilations'], # distances in pixels
 ) -> torch.Tensor: # (8 x distances,H,W), sums to 1
     "What each neighbour of a pixel counts for it, by colour and place"
@@ -59,8 +56,7 @@ def pixel_weights(
 
 # %% ../nbs/23a_par.ipynb #c71ce796
 @torch.no_grad()
-def par(
-    image:np.ndarray, # uint8 (H,W,3), RGB
+def par(image:np.ndarray, # uint8 (H,W,3), RGB
     probs:np.ndarray, # (K,H,W) in [0,1]
     iterations:int=10, # rounds (ToCo)
     dilations:tuple=(1, 2, 4, 8, 12, 24), # distances of the neighbours in pixels (ToCo, on a photo of half size)

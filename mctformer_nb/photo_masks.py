@@ -22,8 +22,7 @@ from .stage import Output, Work, run_stage
 from .training_files import first_few
 
 # %% ../nbs/05a_photo_masks.ipynb #phomsk06
-def photo_files(
-    photos:list, # files and folders
+def photo_files(photos:list, # files and folders
     bad:list, # (id, problem) of what cannot be read is added
 ) -> dict: # {name: file}
     "Photos by names that differ in more than case"
@@ -55,8 +54,7 @@ def photo_dataset(
     return Dataset('photos', list(classes), list(files), 'all', read, size, lambda id: (), bad=bad)
 
 # %% ../nbs/05a_photo_masks.ipynb #phomsk11
-def photo_source(
-    ds:Dataset, # photos
+def photo_source(ds:Dataset, # photos
     id:str, # of one
 ) -> str: # file, or the id
     "Where a photo is from"
@@ -84,27 +82,22 @@ class PhotoMasks(Output):
         save_mask(path, np.asarray(mask))                                                             # (H,W)
 
 # %% ../nbs/05a_photo_masks.ipynb #phomsk15
-def save_jpeg(
-    path:Path, # file to write
-    image:Image.Image, # to be saved
-):
+def save_jpeg(path:Path, # file to write
+    image:Image.Image): # to be saved
     "Write a JPEG file, atomically"
     jpeg = io.BytesIO()                                     # PIL does not notice when a disk is full
     image.save(jpeg, 'JPEG', quality=90)
     with atomic_path(path) as p: p.write_bytes(jpeg.getvalue())
 
 # %% ../nbs/05a_photo_masks.ipynb #f1llwr1t
-def write_found(
-    path:Path, # mask to write
-    item:tuple, # `PhotoMasks`, what was found in a photo
-):
+def write_found(path:Path, # mask to write
+    item:tuple): # `PhotoMasks`, what was found in a photo
     "Finish and write one photo, as its folder wants it"
     folder, found = item
     folder.write(path, found)
 
 # %% ../nbs/05a_photo_masks.ipynb #f1llm4sk
-def fill_folders(
-    folders:list, # of `PhotoMasks`: one way to look, several to finish
+def fill_folders(folders:list, # of `PhotoMasks`: one way to look, several to finish
     ds:Dataset, # photos
     find:Callable, # image -> dict of what `finish` needs, and scores {class: probability}
     longest:int=None, # longer side to which larger photos are reduced, pixels; their masks are enlarged again

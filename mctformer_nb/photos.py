@@ -20,10 +20,8 @@ from .images import photo_formats
 
 # %% ../nbs/01a_photos.ipynb #cdc01de0
 @contextmanager
-def noted(
-    bad:list|None, # [(id or name, problem)], grows; None: stop at the first problem
-    id:str, # what is read
-):
+def noted(bad:list|None, # [(id or name, problem)], grows; None: stop at the first problem
+    id:str): # what is read
     "A `DataError` inside the block goes to the list `bad` under `id`; without a list it is raised"
     try: yield
     except DataError as e:
@@ -31,8 +29,7 @@ def noted(
         bad.append((id, str(e)))
 
 # %% ../nbs/01a_photos.ipynb #e3eb06f3
-def safe_name(
-    id:str, # name below some folder, with `/` between its parts
+def safe_name(id:str, # name below some folder, with `/` between its parts
     where:object, # place where it was found, for the message
 )->str: # the same name
     "`id` if it stays below its folder, else a `DataError`"
@@ -48,8 +45,7 @@ def safe_name(
     return id
 
 # %% ../nbs/01a_photos.ipynb #7bad3764
-def list_files(
-    folder:str|Path, # walked through with its sub-folders
+def list_files(folder:str|Path, # walked through with its sub-folders
     bad:list=None, # for links that cannot be followed, see `noted`
 )->list: # paths as text, ordered by name
     "All files below `folder`; `DataError` for a link that leads out of it or to nothing"
@@ -76,8 +72,7 @@ def list_files(
 PHOTO_SUFFIXES = '.jpg .jpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm .pnm .jfif .jpe .jif'.split()
 
 # %% ../nbs/01a_photos.ipynb #64598a0f
-def unreadable_photo(
-    suffix:str, # of a file's name, small letters
+def unreadable_photo(suffix:str, # of a file's name, small letters
 )->str|None: # what to do about it; None for what can be read and for what is no photo
     "Does a file of this kind hold a photo that cannot be read here?"
     needs = {'.avif': 'AVIF', '.jp2': 'JPEG2000', '.j2k': 'JPEG2000', '.heic': 'HEIF', '.heif': 'HEIF', '.hif': 'HEIF'}
@@ -88,8 +83,7 @@ def unreadable_photo(
     if suffix in '.dcm .dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .jxl'.split(): return 'Convert it to PNG, TIFF or JPEG'
 
 # %% ../nbs/01a_photos.ipynb #75448ec9
-def find_photos(
-    folder:str|Path, # with sub-folders
+def find_photos(folder:str|Path, # with sub-folders
     bad:list=None, # for what cannot be used, see `noted`
 )->dict: # {id: path}, ordered by name
     """All photos below `folder`;
@@ -119,8 +113,7 @@ class PhotoIndex:
     "Finds the photo that a name in a table means"
     def __init__(self,
         photos:dict, # {id: path}, from `find_photos`
-        folder:str|Path, # where they are
-    ):
+        folder:str|Path): # where they are
         self.photos, self.paths, self.folder = list(photos), photos, Path(folder)
         start, nfc = len(os.path.join(folder, '')), lambda s: unicodedata.normalize('NFC', s)
         files = {nfc(str(p)[start:].replace(os.sep, '/')): id for id,p in photos.items()}
@@ -150,24 +143,21 @@ def find(self:PhotoIndex,
                     f'{guess}Correct the name or delete the line')
 
 # %% ../nbs/01a_photos.ipynb #94d077a9
-def read_photo(
-    paths:dict, # {id: path}; where there is no such file, another suffix of a photo will do
+def read_photo(paths:dict, # {id: path}; where there is no such file, another suffix of a photo will do
     id:str, # which photo
 )->Image.Image: # RGB, upright
     "Photo `id`; `DataError` as from `open_image`"
     return open_image(with_any_suffix(paths[id]))
 
 # %% ../nbs/01a_photos.ipynb #0ef9dc55
-def read_photo_size(
-    paths:dict, # {id: path}, as for `read_photo`
+def read_photo_size(paths:dict, # {id: path}, as for `read_photo`
     id:str, # which photo
 )->tuple: # (width, height), upright
     "Size of photo `id` from its header; `DataError` as from `image_size`"
     return image_size(with_any_suffix(paths[id]))
 
 # %% ../nbs/01a_photos.ipynb #329d5051
-def with_any_suffix(
-    path:str|Path, # a photo that should be there
+def with_any_suffix(path:str|Path, # a photo that should be there
 )->Path: # the same, or a photo of the same name with another suffix, if only that one exists
     "Where the photo really is: `.jpg` may be `.png`, or `.JPG`"
     path = Path(path)
@@ -176,8 +166,7 @@ def with_any_suffix(
     return next((p for p in others if p.is_file()), path)
 
 # %% ../nbs/01a_photos.ipynb #d1c18bae
-def find_masks(
-    folder:str|Path, # may be missing
+def find_masks(folder:str|Path, # may be missing
     ids:object, # of all photos
 )->tuple: # ({id: path}, files that are the mask of no photo)
     "The mask of each photo; `DataError` where two files claim to be it"
@@ -198,8 +187,7 @@ def find_masks(
     return best, rest
 
 # %% ../nbs/01a_photos.ipynb #deae5a91
-def read_labelmap(
-    path:str|Path, # lines such as cat:128,0,0::
+def read_labelmap(path:str|Path, # lines such as cat:128,0,0::
 )->dict: # {name: (r,g,b)}, in the order of the file, background included
     "Colours of classes; `DataError` names the line that is not one"
     found = {}
@@ -213,8 +201,7 @@ def read_labelmap(
     return found
 
 # %% ../nbs/01a_photos.ipynb #a0dc2660
-def outline_contrast(
-    photo:Image.Image, # upright
+def outline_contrast(photo:Image.Image, # upright
     mask:np.ndarray, # (H,W) of the same size
 )->float: # 1: outlines lie anywhere; 0 without outlines
     "Mean change of brightness along the outlines of a mask, divided by that of the whole photo"
@@ -226,11 +213,9 @@ def outline_contrast(
     return float(change[outline].mean()/(change.mean()+1e-6)) if outline.any() else 0.
 
 # %% ../nbs/01a_photos.ipynb #3000864f
-def check_upright(
-    photo:str|Path, # file of the photo
+def check_upright(photo:str|Path, # file of the photo
     path:str|Path, # file of its mask, for messages
-    mask:np.ndarray, # (H,W)
-):
+    mask:np.ndarray): # (H,W)
     "`DataError` if the mask fits the photo clearly better once it is turned by a rotation note that keeps the size"
     turns = {2: ('mirrored', mask[:,::-1]), 3: ('180 degrees', mask[::-1,::-1]), 4: ('upside down', mask[::-1])}
     with open(photo, 'rb') as f: head = f.read(4096)
@@ -246,8 +231,7 @@ def check_upright(
          'Turn the mask as the note says, or remove the note from the photo')
 
 # %% ../nbs/01a_photos.ipynb #43f7d4d4
-def read_mask_file(
-    folder:str|Path, # of `<id>.png`
+def read_mask_file(folder:str|Path, # of `<id>.png`
     n:int, # number of classes
     id:str, # which photo
     size:tuple=None, # expected (H,W)

@@ -35,8 +35,7 @@ class Doubt:
         return f'mask and maps share only {100-100*self.moved:.0f}%'
 
 # %% ../nbs/71_pick.ipynb #ba092646
-def unsure_share(
-    maps:np.ndarray, # (k,H,W) in [0,1]
+def unsure_share(maps:np.ndarray, # (k,H,W) in [0,1]
     background:float=.4, # score of the background
     margin:float=.1, # scores nearer than this are a tie
 ) -> float: # in [0,1]
@@ -48,8 +47,7 @@ def unsure_share(
     return float(tie.sum()/max(1, (tie | (maps.max(0, initial=0)>background)).sum()))
 
 # %% ../nbs/71_pick.ipynb #0e9be0d4
-def photo_doubt(
-    ds:Dataset, # photos and their labels
+def photo_doubt(ds:Dataset, # photos and their labels
     id:str, # of the photo
     seed:tuple, # classes (k,), maps (k,H,W)
     mask:np.ndarray, # uint8 (H,W): its pseudo mask
@@ -67,8 +65,7 @@ def photo_doubt(
     return Doubt(id, labels, missing, unsure_share(maps, background), moved, tuple(ds.classes[c] for c in lost))
 
 # %% ../nbs/71_pick.ipynb #ed4bf958
-def find_doubts(
-    seeds:str|Path, # folder of `<id>.npz`
+def find_doubts(seeds:str|Path, # folder of `<id>.npz`
     masks:str|Path, # folder of `<id>.png`, made from them
     ds:Dataset, # their photos
     background:float=.4, # score of the background in maps
@@ -83,8 +80,7 @@ def find_doubts(
     return sorted(found, key=lambda d: (-d.total, d.id))
 
 # %% ../nbs/71_pick.ipynb #ecb92cbd
-def pick(
-    doubts:list, # of `Doubt`, the largest first
+def pick(doubts:list, # of `Doubt`, the largest first
     n:int=10, # photos
 ) -> list: # of `Doubt`, in the order of choice
     "The most doubtful photos, every class as often as the others, as far as there are photos"
@@ -99,8 +95,7 @@ def pick(
     return chosen
 
 # %% ../nbs/71_pick.ipynb #84bcebbb
-def pick_figure(
-    d:Doubt, # of the photo
+def pick_figure(d:Doubt, # of the photo
     ds:Dataset, # photos
     mask:np.ndarray, # uint8 (H,W)
 ) -> object: # matplotlib figure
@@ -113,8 +108,7 @@ def pick_figure(
     return fig
 
 # %% ../nbs/71_pick.ipynb #21f8869d
-def write_picks(
-    picks:list, # of `Doubt`
+def write_picks(picks:list, # of `Doubt`
     ds:Dataset, # photos
     masks:str|Path, # folder of pseudo masks
     out:str|Path, # folder: picks.html, ids.txt

@@ -20,8 +20,7 @@ _SCALAR = {f'numpy.{m}.multiarray scalar' for m in ('core', '_core')}
 class PickledName(str):
     "Name of a function in a pickle; `ValueError` for one that no array needs"
     def __new__(cls,
-        text:str, # module and name, with a space between
-    ):
+        text:str): # module and name, with a space between
         if text not in _ARRAY | _SCALAR | {'numpy ndarray', 'numpy dtype', '_codecs encode'}:
             raise ValueError(f'it asks for {text.replace(" ", ".", 1)}, which no array needs')
         return super().__new__(cls, text)
@@ -31,8 +30,7 @@ class PickledCall:
     "Note of a call that a pickle asks for: nothing was called"
     def __init__(self,
         name:PickledName, # what it asks for
-        args:tuple, # with what
-    ):
+        args:tuple): # with what
         if not isinstance(name, PickledName) or not isinstance(args, tuple):
             raise ValueError('it calls something without a name')
         self.name, self.args, self.state = name, args, None
@@ -55,10 +53,8 @@ class PickleStack(list):
         return found
 
 # %% ../nbs/01b_pickles.ipynb #05105399
-def build_step(
-    op:str, # instruction of a pickle that builds or notes something
-    stack:PickleStack, # changed
-):
+def build_step(op:str, # instruction of a pickle that builds or notes something
+    stack:PickleStack): # changed
     "Carry out one instruction; `ValueError` for one that a dictionary of arrays does not need"
     if op.startswith('TUPLE'): stack.append(tuple(stack.to_mark() if op=='TUPLE' else stack.take(int(op[-1]))))
     elif op in ('SETITEM', 'SETITEMS'):
@@ -79,8 +75,7 @@ def build_step(
     else: raise ValueError(f'it uses the instruction {op}')
 
 # %% ../nbs/01b_pickles.ipynb #8e12fd6f
-def read_notes(
-    data:bytes, # a pickle
+def read_notes(data:bytes, # a pickle
 )->object: # what it builds, with a `PickledCall` in the place of every call
     """Run a pickle on a machine that calls nothing;
     `ValueError` for everything that a dictionary of arrays does not need"""
@@ -123,8 +118,7 @@ def _dtype(v):
     return np.dtype(t)
 
 # %% ../nbs/01b_pickles.ipynb #e5486062
-def note_to_key(
-    v:object, # of a dictionary
+def note_to_key(v:object, # of a dictionary
 )->int|str: # class index or name
     "A number, also one of numpy, or a text; else `ValueError`"
     if isinstance(v, PickledCall) and v.name in _SCALAR and len(v.args)==2:
@@ -134,8 +128,7 @@ def note_to_key(
     return v
 
 # %% ../nbs/01b_pickles.ipynb #e57f8051
-def note_to_array(
-    v:object, # note of an array
+def note_to_array(v:object, # note of an array
 )->np.ndarray: # read only
     "The array of a note; `ValueError` if it is none"
     if not (isinstance(v, PickledCall) and v.name in _ARRAY and v.state and len(v.state)==5):
@@ -149,8 +142,7 @@ def note_to_array(
     return np.frombuffer(raw, dtype).reshape(shape, order='F' if by_column is True else 'C')
 
 # %% ../nbs/01b_pickles.ipynb #eecf8e70
-def read_array_dict(
-    path:str|Path, # `.npy` file that `np.save` wrote of a dictionary
+def read_array_dict(path:str|Path, # `.npy` file that `np.save` wrote of a dictionary
     what:str='dictionary of arrays', # kind of file, for messages
     limit:int=2**30, # bytes
 )->dict: # {int or str: array}

@@ -18,18 +18,15 @@ from .scores import score_masks, sweep_threshold
 from .segment import segment_dataset
 
 # %% ../nbs/51_pipeline.ipynb #3c7a3a7a
-def log_bad(
-    report:dict, # of a stage
+def log_bad(report:dict, # of a stage
     what:str, # stage
-    log:callable=print, # receives a line, if anything could not be used
-):
+    log:callable=print): # receives a line, if anything could not be used
     "Say what a stage left out"
     more, bad = ' ...'*(len(report.bad)>1), report.bad
     if bad: log(f'{what}: {len(bad)} files could not be used: {bad[0][1]}{more}')
 
 # %% ../nbs/51_pipeline.ipynb #f5e78988
-def seeds_to_masks(
-    seeds:str|Path, # folder of seeds of `ds`
+def seeds_to_masks(seeds:str|Path, # folder of seeds of `ds`
     ds:Dataset, # photos with labels
     out:str|Path, # `labels`, `affinity` and `masks` go there
     background:float|Dataset=.39, # background score of the walk (reference); or scored photos, to find the best one
@@ -49,8 +46,7 @@ def seeds_to_masks(
     return AttrDict(masks=out/'masks', background=background, run=run)
 
 # %% ../nbs/51_pipeline.ipynb #1f8f17b3
-def masks_to_segmentation(
-    masks:str|Path, # folder of masks of `ds`; None: its ground truth, for the upper bound
+def masks_to_segmentation(masks:str|Path, # folder of masks of `ds`; None: its ground truth, for the upper bound
     ds:Dataset, # photos to train on
     test:Dataset, # photos with ground truth to score on
     out:str|Path, # `run` and `masks` (of the test photos) go there

@@ -14,8 +14,7 @@ from .core import need
 from .mctformer import MCTformer, MCTOutput, VARIANTS, class_scores
 
 # %% ../nbs/13a_plus.ipynb #ebbc1b77
-def rank_pool(
-    logits:torch.Tensor, # patch logits (B,C,h,w)
+def rank_pool(logits:torch.Tensor, # patch logits (B,C,h,w)
     decay:float, # d in [0,1]: weight of a rank over that of the rank before; 1: mean, 0: maximum
 ) -> torch.Tensor: # (B,C), float32
     "Global weighted rank pooling. Raises `DataError`."
@@ -25,16 +24,14 @@ def rank_pool(
     return (s*w).sum(-1)/w.sum()
 
 # %% ../nbs/13a_plus.ipynb #485d8dc9
-def grid_decay(
-    patches:int, # M of the grid at hand
+def grid_decay(patches:int, # M of the grid at hand
     decay:float=.996, # at 784 patches (published)
 ) -> float: # d'
     "Decay that gives the same weight to the same share of the patches on every grid"
     return decay**(784/patches)
 
 # %% ../nbs/13a_plus.ipynb #66d97df4
-def contrast_loss(
-    tokens:Sequence[torch.Tensor], # class tokens (B,C,D) after every block
+def contrast_loss(tokens:Sequence[torch.Tensor], # class tokens (B,C,D) after every block
     targets:torch.Tensor, # (B,C) multi-hot
 ) -> torch.Tensor: # scalar
     "Contrastive class-token loss: cross-entropy of the cosines of a present class's token with all, its own wanted"
@@ -45,8 +42,7 @@ def contrast_loss(
     return ((wrong*targets).sum(-1)/(targets.sum(-1) + 1e-8)).mean()   # over classes of a photo; blocks and photos
 
 # %% ../nbs/13a_plus.ipynb #1a06247d
-def repeat_rows(
-    pos:torch.Tensor, # position rows (1,h*w,D)
+def repeat_rows(pos:torch.Tensor, # position rows (1,h*w,D)
     grid:tuple, # (h,w)
     times:int, # along each side
 ) -> torch.Tensor: # (1,times*h*times*w,D)

@@ -38,8 +38,7 @@ def packaged_run() -> Path: # run folder
     return folder
 
 # %% ../nbs/43_predict.ipynb #pr3d0009
-def load_network(
-    run:str|Path|tuple|None, # run folder, or (network, class names); None: `packaged_run`
+def load_network(run:str|Path|tuple|None, # run folder, or (network, class names); None: `packaged_run`
 ) -> tuple: # network in eval mode, class names, configuration
     "A network that can look at photos. Raises `DataError`."
     if isinstance(run, tuple): return run[0], list(run[1]), {}
@@ -50,8 +49,7 @@ def load_network(
 
 # %% ../nbs/43_predict.ipynb #3a762c0b
 @torch.no_grad()
-def class_probabilities(
-    model:torch.nn.Module, # classifier, in eval mode
+def class_probabilities(model:torch.nn.Module, # classifier, in eval mode
     x:torch.Tensor, # (1,3,h,w)
 ) -> np.ndarray: # (C,)
     "Sigmoid of the class logits, averaged over class tokens, patch head (V2) and the mirror image"
@@ -62,8 +60,7 @@ def class_probabilities(
 class_scores = class_probabilities # the name it had; elsewhere class scores are logits
 
 # %% ../nbs/43_predict.ipynb #232e55f6
-def find_by_classifier(
-    model:torch.nn.Module, # MCTformer or a baseline, in eval mode
+def find_by_classifier(model:torch.nn.Module, # MCTformer or a baseline, in eval mode
     names:list, # of its classes
     how:dict, # image_size, label_threshold, background, maps (of `localize`)
     image:Image.Image, # RGB photo
@@ -81,8 +78,7 @@ def find_by_classifier(
     return dict(labels=np.append(0, classes+1), rows=rows, scores=dict(zip(names, map(float, p))))
 
 # %% ../nbs/43_predict.ipynb #df3ce143
-def classifier_settings(
-    model:torch.nn.Module, # MCTformer or a baseline
+def classifier_settings(model:torch.nn.Module, # MCTformer or a baseline
     cfg:dict, # configuration of its run
     maps:dict=None, # kind, layers, refine, rule of `localize`
     image_size:int=None, # shorter side in pixels; default the photo's own
@@ -99,10 +95,8 @@ def classifier_settings(
     return dict(image_size=image_size, label_threshold=float(label_threshold), background=float(background), maps=maps)
 
 # %% ../nbs/43_predict.ipynb #pr3d0015
-def check_sources(
-    folder:MaskFolder, # with scores
-    ds:Dataset, # photos
-):
+def check_sources(folder:MaskFolder, # with scores
+    ds:Dataset): # photos
     "`DataError` if a result has the name of a photo and is that of another one"
     for id in ds.ids:
         table, now = folder.beside(folder.path(id))['scores'], photo_source(ds, id)
@@ -111,8 +105,7 @@ def check_sources(
         need(was==now, table, f'is the result of {was}, not of {now}', fix)
 
 # %% ../nbs/43_predict.ipynb #pr3d0016
-def announce_photos(
-    ds:Dataset, # photos
+def announce_photos(ds:Dataset, # photos
     longest:int|None, # longer side to which larger photos are reduced
     log:Callable, # receives lines
 ) -> dict: # renamed: {id: file}, reduced: [id]
@@ -126,8 +119,7 @@ def announce_photos(
     return dict(renamed=renamed, reduced=reduced)
 
 # %% ../nbs/43_predict.ipynb #pr3d0017
-def write_table(
-    folder:MaskFolder, # with scores
+def write_table(folder:MaskFolder, # with scores
     names:list, # of the classes
     ids:list, # of photos; those that are not done are left out
 ) -> dict: # {id: {class: probability}}
@@ -140,8 +132,7 @@ def write_table(
     return scores
 
 # %% ../nbs/43_predict.ipynb #89fef12f
-def predict_photos(
-    run:str|Path|tuple|None, # of a segmentation network or a classifier, see `load_network`
+def predict_photos(run:str|Path|tuple|None, # of a segmentation network or a classifier, see `load_network`
     photos:str|Path|list, # files, a file, or a folder
     out:str|Path, # folder: masks `<id>.png`, `overlays/<id>.jpg`, `scores.csv`
     crf:str|dict|None='auto', # `SEG_CRF` (reference), PAR where it cannot be had; or as in `refinement`; None: no CRF

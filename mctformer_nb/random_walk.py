@@ -24,8 +24,7 @@ from .runs import plain, split_options, weights_digest
 from .stage import Output, Work, run_stage
 
 # %% ../nbs/31_random_walk.ipynb #894a9292
-def offsets_for(
-    pairs:int, # P, pairs that start from a cell
+def offsets_for(pairs:int, # P, pairs that start from a cell
 ) -> np.ndarray: # int64 (P,2) of (dy,dx)
     "`pair_offsets` of the radius that has so many pairs. Raises `DataError` if none has."
     r = 2
@@ -35,8 +34,7 @@ def offsets_for(
     return o
 
 # %% ../nbs/31_random_walk.ipynb #18047e14
-def transition(
-    affinity:torch.Tensor, # (P,h,w) in [0,1]
+def transition(affinity:torch.Tensor, # (P,h,w) in [0,1]
     beta:float=8, # power of the affinities (reference)
     dtype:torch.dtype=torch.float32, # of the result
 ) -> torch.Tensor: # sparse CSR (N,N), N = h*w
@@ -60,12 +58,10 @@ def transition(
         return torch.sparse_csr_tensor(rows.int(), j[inside].int(), a.to(dtype)[inside], (N, N))
 
 # %% ../nbs/31_random_walk.ipynb #d98763a8
-def check_walk(
-    maps:torch.Tensor, # (k,h,w)
+def check_walk(maps:torch.Tensor, # (k,h,w)
     affinity:torch.Tensor, # (P,h,w)
     beta:float=8, # power of the affinities
-    steps:int=64, # number of steps
-):
+    steps:int=64): # number of steps
     "`DataError` for what cannot be walked"
     need(maps.ndim==3, 'maps', f'are {tuple(maps.shape)}', 'Give them as (k,h,w)')
     need(affinity.ndim==3, 'affinity', f'is {tuple(affinity.shape)}', 'Give that of one photo, (P,h,w)')
@@ -82,8 +78,7 @@ def _tensor(x): # of an array a copy, because torch knows no mirrored views
     return x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))
 
 @torch.no_grad()
-def random_walk(
-    maps:np.ndarray|torch.Tensor, # (k,h,w) scores, one row a class, background among them
+def random_walk(maps:np.ndarray|torch.Tensor, # (k,h,w) scores, one row a class, background among them
     affinity:np.ndarray|torch.Tensor, # (P,h,w) in [0,1] as `predict_affinity` gives it; P names the radius
     beta:float=8, # power of the affinities (reference)
     steps:int=64, # number of steps (MCTformer: 2^6, PSA: 2^8)
@@ -100,8 +95,7 @@ def random_walk(
     return x.to(m.device) if isinstance(maps, torch.Tensor) else x.numpy()
 
 # %% ../nbs/31_random_walk.ipynb #4df65960
-def pooled_scores(
-    maps:np.ndarray, # (k,H,W) seed in [0,1]
+def pooled_scores(maps:np.ndarray, # (k,H,W) seed in [0,1]
     background:float=.39, # score of the background
     alpha:float=None, # if given, the background is (1-max)^alpha instead
     stride:int=8, # pixels a cell; cells at the edge may be cut
@@ -112,8 +106,7 @@ def pooled_scores(
     return F.avg_pool2d(torch.cat([bg, m])[None], stride, ceil_mode=True)[0]                    # (k+1,H,W) -> (k+1,h,w)
 
 # %% ../nbs/31_random_walk.ipynb #d5e91cbc
-def walked_scores(
-    maps:np.ndarray, # (k,H,W) seed in [0,1]
+def walked_scores(maps:np.ndarray, # (k,H,W) seed in [0,1]
     affinity:np.ndarray|torch.Tensor, # (P,h,w) of the photo, h = ceil(H/stride), w = ceil(W/stride)
     background:float=.39, # background score (reference)
     alpha:float=None, # if given, the background is (1-max)^alpha instead (PSA)
@@ -131,8 +124,7 @@ def walked_scores(
     return m[:, :H, :W].cpu().numpy()                                                                     # (k+1,H,W)
 
 # %% ../nbs/31_random_walk.ipynb #8c53f1b7
-def walked_mask(
-    classes:np.ndarray, # (k,) class indices, 0-based
+def walked_mask(classes:np.ndarray, # (k,) class indices, 0-based
     maps:np.ndarray, # (k,H,W) seed in [0,1]
     affinity:np.ndarray|torch.Tensor, # (P,h,w) of the photo
     background:float=.39, # background score (reference)
@@ -158,8 +150,7 @@ class MaskOptions:
     workers:int=4 # threads that read, walk and write
 
 # %% ../nbs/31_random_walk.ipynb #b649e4fc
-def pair_affinity_of(
-    net:object, # `AffinityNet`; or any function photo -> (P,h,w)
+def pair_affinity_of(net:object, # `AffinityNet`; or any function photo -> (P,h,w)
     image:Image.Image, # RGB photo
     stride:int=8, # pixels of the photo a cell
     border:str=None, # which cells start pairs; default as the network was trained, else all
@@ -172,8 +163,7 @@ def pair_affinity_of(
     return predict_affinity(net, image, border)
 
 # %% ../nbs/31_random_walk.ipynb #a7362421
-def walk_settings(
-    net:object, # `AffinityNet` or a function
+def walk_settings(net:object, # `AffinityNet` or a function
     background:float|str|Path, # background score, or the JSON file of `mct_score --json`
     beta:float, # power of the affinities
     steps:int, # steps of the walk
@@ -191,8 +181,7 @@ def walk_settings(
     return walk, name if border=='all' else f'{name}, border {border}'
 
 # %% ../nbs/31_random_walk.ipynb #7fdb6245
-def write_mask(
-    walk:dict, # options of `walked_scores`
+def write_mask(walk:dict, # options of `walked_scores`
     crf:dict|None, # refinement of the scores
     path:str|Path, # file to write, `<id>.png`
     item:tuple, # (photo, classes (k,), maps (k,H,W)), affinities (P,h,w) or None without a class
@@ -203,8 +192,7 @@ def write_mask(
     return len(classes)
 
 # %% ../nbs/31_random_walk.ipynb #b9bcaed1
-def make_masks(
-    seeds_folder:str|Path, # `<id>.npz` of `extract_seeds`
+def make_masks(seeds_folder:str|Path, # `<id>.npz` of `extract_seeds`
     net:AffinityNet|object, # moved to the device; or any function photo -> (P,h,w)
     ds:'Dataset', # the photos
     out:str|Path, # folder of masks, `<id>.png`

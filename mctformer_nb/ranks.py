@@ -15,8 +15,7 @@ import torch.distributed as dist
 from .core import DataError, need
 
 # %% ../nbs/03_ranks.ipynb #aaadf1b5
-def env_int(
-    name:str, # of an environment variable
+def env_int(name:str, # of an environment variable
     default:int, # where it is not set, or empty
 ) -> int:
     "Whole number in an environment variable. Raises `DataError` for anything else"
@@ -40,15 +39,13 @@ def rank() -> int: # 0 to `world()`-1
     return r
 
 # %% ../nbs/03_ranks.ipynb #9f2bef08
-def my_part(
-    items:list, # the same in every process
+def my_part(items:list, # the same in every process
 ) -> list: # every `world()`-th, beginning with number `rank()`
     "The items that this process does"
     return items[rank()::world()]
 
 # %% ../nbs/03_ranks.ipynb #d0979ed8
-def local_device(
-    device:str=None, # as a user gives it; default cuda where there is one, else cpu
+def local_device(device:str=None, # as a user gives it; default cuda where there is one, else cpu
 ) -> str: # with the number of the GPU for one of several processes
     "The device of this process"
     device = str(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
@@ -77,8 +74,7 @@ def barrier():
     if dist.is_initialized(): dist.all_reduce(torch.zeros(1))          # over gloo, also where there are GPUs
 
 # %% ../nbs/03_ranks.ipynb #61b87435
-def gathered(
-    obj:object, # anything that can be pickled; the processes trust each other
+def gathered(obj:object, # anything that can be pickled; the processes trust each other
 ) -> list: # of all processes by rank; only [obj] without a line to them
     "What every process has"
     if not dist.is_initialized(): return [obj]
@@ -87,8 +83,7 @@ def gathered(
     return out
 
 # %% ../nbs/03_ranks.ipynb #16c7b947
-def rank_mean(
-    x:torch.Tensor, # of one shape in all processes
+def rank_mean(x:torch.Tensor, # of one shape in all processes
 ) -> torch.Tensor: # float, the same in all processes
     "Mean of a tensor over the processes, without gradient"
     if not dist.is_initialized(): return x
@@ -105,8 +100,7 @@ def first_alone():
     if not rank(): barrier()
 
 # %% ../nbs/03_ranks.ipynb #6b7873d6
-def may_overwrite(
-    overwrite:bool, # what the user wants
+def may_overwrite(overwrite:bool, # what the user wants
     folder:object, # for the message
 ) -> bool: # what this process does
     "`overwrite` in process 0, False in the others. Raises `DataError` without a line between them"
@@ -116,8 +110,7 @@ def may_overwrite(
     return overwrite and not rank()
 
 # %% ../nbs/03_ranks.ipynb #dae72d86
-def joined(
-    report:dict, # counts; `bad`: list of what could not be used; `seconds`; anything else is the same everywhere
+def joined(report:dict, # counts; `bad`: list of what could not be used; `seconds`; anything else is the same everywhere
 ) -> dict: # of all processes, or its own without a line to them
     "Reports of all processes as one: counts added, bad ones in order, the longest time"
     parts = gathered(report)

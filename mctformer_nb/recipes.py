@@ -23,8 +23,7 @@ class EpochSamples(torch.utils.data.Dataset):
     def __init__(self,
         seed:int=0, # of everything random
         on_bad:str='raise', # what cannot be read: 'raise' or 'skip'
-        cache:bool=False, # keep in memory what was read
-    ):
+        cache:bool=False): # keep in memory what was read
         self.seed, self.on_bad, self.cache, self.memory = seed, on_bad, cache, {}
     def found(self, i): # what `read(i)` gives, perhaps from memory
         got = self.memory.get(i) or self.read(i)
@@ -40,16 +39,14 @@ class EpochSamples(torch.utils.data.Dataset):
         with seeded(self.seed, epoch, i): return self.draw(*got)
 
 # %% ../nbs/09a_recipes.ipynb #recipe09
-def describe_size(
-    model:torch.nn.Module, # any
+def describe_size(model:torch.nn.Module, # any
     device:object, # where it is trained
 ) -> str: # a part of a sentence
     "How large a network is, and where it is trained"
     return f'{sum(p.numel() for p in model.parameters())/1e6:.1f} M parameters on {device}'
 
 # %% ../nbs/09a_recipes.ipynb #6e7b11c8
-def recipe_loaders(
-    train:EpochSamples, # to train on
+def recipe_loaders(train:EpochSamples, # to train on
     valid:EpochSamples=None, # to validate on
     batch_size:int=8, # samples a batch, in all processes together
     workers:int=0, # processes that load; 0 loads in the training process
@@ -63,8 +60,7 @@ def recipe_loaders(
     return make_dls(first, epoch_loader(valid, valid_batch or batch_size, min(workers, 1), seed, train=False), device)
 
 # %% ../nbs/09a_recipes.ipynb #recipe12
-def recipe_learner(
-    dls:DataLoaders, # from `make_dls`
+def recipe_learner(dls:DataLoaders, # from `make_dls`
     model:torch.nn.Module, # moved to the device of `dls`
     loss:callable, # of what `model` returns and the targets
     optimiser:callable, # (groups, lr=) -> torch optimiser, e.g. `partial(torch.optim.SGD, momentum=.9)`
@@ -82,9 +78,7 @@ def recipe_learner(
     return Learner(dls, model, loss, opt_func=opt_func, lr=lr, cbs=[*cbs, KeepFrozen(), *half], **options)
 
 # %% ../nbs/09a_recipes.ipynb #53ea6497
-def compile_model(
-    model:torch.nn.Module, # changed in place
-):
+def compile_model(model:torch.nn.Module): # changed in place
     "`torch.compile`, names of parameters unchanged; `DataError` where it could only fail"
     cxx = os.environ.get('CXX') or 'g++'
     can = next(model.parameters()).device.type!='cpu' or shutil.which(cxx)

@@ -15,13 +15,12 @@ from .files import need_extra
 from .stage import Output, Work, run_stage
 
 # %% ../nbs/27_regions.ipynb #41c6f2c4
-def vote(
-    mask:np.ndarray,    # uint8 (H,W): 0 background, index+1 of a class, 255 ignored
+def vote(mask:np.ndarray, # uint8 (H,W): 0 background, index+1 of a class, 255 ignored
     regions:np.ndarray, # bool (R,H,W), may overlap, need not cover the picture
-    cap:float=3.,       # largest region, as a multiple of the class's pixels
-    share:float=.85,    # of the class that a region must hold if it is mostly something else (published: .85)
-    keep:bool=False,    # keep pixels of a class under regions that no class accepts
-) -> np.ndarray:        # uint8 (H,W)
+    cap:float=3., # largest region, as a multiple of the class's pixels
+    share:float=.85, # of the class that a region must hold if it is mostly something else (published: .85)
+    keep:bool=False, # keep pixels of a class under regions that no class accepts
+) -> np.ndarray: # uint8 (H,W)
     "The mask, redrawn along regions: each goes to the class that covers most of it, or to none"
     classes = np.setdiff1d(mask, (0, 255))
     P, S = (mask == classes[:, None, None]).reshape(len(classes), mask.size), regions.reshape(len(regions), mask.size)
@@ -37,35 +36,32 @@ def vote(
     return out.astype(np.uint8)
 
 # %% ../nbs/27_regions.ipynb #88071a0d
-def read_regions(
-    folder:str|Path, # `<folder>/<id>/*.png`
-    id:str,          # of the photo
-    size:tuple,      # (H,W) of the photo
-) -> np.ndarray:     # bool (R,H,W)
+def read_regions(folder:str|Path, # `<folder>/<id>/*.png`
+    id:str, # of the photo
+    size:tuple, # (H,W) of the photo
+) -> np.ndarray: # bool (R,H,W)
     "Regions of one photo; `DataError` if there are none, or one does not fit the photo"
     files = sorted((Path(folder)/id).glob('*.png'))
     need(files, Path(folder)/id, 'holds no PNG of a region', 'Write one PNG for each region of this photo')
     return np.stack([open_mask(f, size) > 0 for f in files])            # R times (H,W)
 
 # %% ../nbs/27_regions.ipynb #276ea089
-def superpixels(
-    image:Image.Image, # photo
-    n:int=200,         # about how many
-) -> np.ndarray:       # bool (R,H,W)
+def superpixels(image:Image.Image, # photo
+    n:int=200, # about how many
+) -> np.ndarray: # bool (R,H,W)
     "SLIC superpixels of a photo. Raises `DataError` without scikit-image"
     slic = need_extra('skimage.segmentation', 'superpixels').slic
     labels = slic(np.asarray(image.convert('RGB')), n_segments=n, start_label=0) # (H,W)
     return labels == np.arange(labels.max()+1)[:, None, None]           # (R,H,W)
 
 # %% ../nbs/27_regions.ipynb #2102d697
-def vote_masks(
-    masks:str|Path,        # folder of masks, `<id>.png`
-    ds:'Dataset',          # their photos
-    out:str|Path,          # folder of new masks
+def vote_masks(masks:str|Path, # folder of masks, `<id>.png`
+    ds:'Dataset', # their photos
+    out:str|Path, # folder of new masks
     regions:str|Path=None, # folder of regions, see `read_regions`; default superpixels
-    cap:float=3.,          # largest region, as a multiple of the class's pixels
-    work:Work=None,        # see `run_stage`
-) -> AttrDict:             # folder; written, skipped, empty: counts; bad: [(id, problem)]; seconds
+    cap:float=3., # largest region, as a multiple of the class's pixels
+    work:Work=None, # see `run_stage`
+) -> AttrDict: # folder; written, skipped, empty: counts; bad: [(id, problem)]; seconds
     "Redraw masks along regions, one file an image. Raises `DataError` for what cannot work at all"
     need(cap > 0, f'cap {cap}', 'not possible', 'Give a number above 0, for example 3')
     place = {id: i for i,id in enumerate(ds.ids)}

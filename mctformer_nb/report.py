@@ -24,8 +24,7 @@ from .artifacts import has_seed
 from .seeds import load_seed
 
 # %% ../nbs/55_report.ipynb #c9f306af
-def run_config(
-    run:str|Path, # run folder of any training
+def run_config(run:str|Path, # run folder of any training
 ) -> dict: # kind, backbone, classes, metrics, ... as the training wrote them
     "What `config.json` of a run says. Raises `DataError` if the folder is no run"
     file = Path(run)/'config.json'
@@ -34,8 +33,7 @@ def run_config(
     return read_json(file)
 
 # %% ../nbs/55_report.ipynb #1dcdebae
-def find_predictions(
-    run:str|Path, # run folder
+def find_predictions(run:str|Path, # run folder
     ds:Dataset, # whose images they should be of
     pred:str|Path=None, # folder of seeds or masks; default `seeds` or `masks` in the run, or beside an AffinityNet
 ) -> Path|None: # the folder, None if there is none
@@ -48,8 +46,7 @@ def find_predictions(
     need(not pred, pred, problem, 'Check the folder and the split')
 
 # %% ../nbs/55_report.ipynb #12b03d8a
-def predicted_mask(
-    folder:str|Path, # of seeds or masks
+def predicted_mask(folder:str|Path, # of seeds or masks
     id:str, # of the image
     threshold:float=.4, # background score, for seeds
 ) -> np.ndarray|None: # uint8 (H,W), None if there is no file
@@ -59,8 +56,7 @@ def predicted_mask(
     if has_seed(folder, id): return seed_to_mask(*load_seed(folder/f'{id}.npz'), threshold)
 
 # %% ../nbs/55_report.ipynb #64ce612b
-def image_scores(
-    folder:str|Path, # of seeds or masks
+def image_scores(folder:str|Path, # of seeds or masks
     ds:Dataset, # with ground truth
     threshold:float=.4, # background score, for seeds
 ) -> list[dict]: # id, miou (percent), the worst first
@@ -73,8 +69,7 @@ def image_scores(
     return sorted(rows, key=lambda r: r['miou'])
 
 # %% ../nbs/55_report.ipynb #e712fd34
-def plot_classes(
-    res:dict, # result of `sweep_threshold` or `score_masks`
+def plot_classes(res:dict, # result of `sweep_threshold` or `score_masks`
 ) -> Figure:
     "One bar a class: IoU, false positives and false negatives as shares of the union, the best class on top"
     per = {c: r for c,r in res['per_class'].items() if r['iou']==r['iou']}        # NaN: the class does not occur
@@ -100,8 +95,7 @@ def _drawable(s):
     return ''.join(c if c.isprintable() else '?' for c in str(s)).replace('$', r'\$')[:40]
 
 # %% ../nbs/55_report.ipynb #e2fa8bf2
-def plot_examples(
-    ds:Dataset, # photos, with or without ground truth
+def plot_examples(ds:Dataset, # photos, with or without ground truth
     folder:str|Path, # of seeds or masks
     ids:list, # images to show, one a column
     threshold:float=.4, # background score, for seeds
@@ -184,8 +178,7 @@ def _add_training(page, run, config):
     page.table(['setting', 'value'], rows, 'All settings')
 
 # %% ../nbs/55_report.ipynb #0d6d7662
-def add_scores(
-    page:Page, # receives the part
+def add_scores(page:Page, # receives the part
     ds:Dataset, # with ground truth
     folder:Path, # of seeds or masks
 ) -> AttrDict: # miou, threshold (None for masks), result of `sweep_threshold` or `score_masks`
@@ -211,13 +204,11 @@ def add_scores(
     return AttrDict(miou=scores['mIoU (%)'], threshold=t, result=res)
 
 # %% ../nbs/55_report.ipynb #17b915e9
-def add_examples(
-    page:Page, # receives the part
+def add_examples(page:Page, # receives the part
     ds:Dataset, # with ground truth
     folder:Path, # of seeds or masks
     threshold:float, # background score, for seeds
-    n:int, # best and worst images to show
-):
+    n:int): # best and worst images to show
     "The images with the best and the worst masks"
     rows = image_scores(folder, ds, threshold)
     k = min(n, (len(rows)+1)//2)
@@ -242,8 +233,7 @@ def _add_masks(page, run, ds, folder, n, ask):
               'The numbers compare maps of one classifier, not two classifiers.', css='small')
 
 # %% ../nbs/55_report.ipynb #56e808e1
-def write_run_report(
-    run:str|Path, # run folder of any training
+def write_run_report(run:str|Path, # run folder of any training
     ds:Dataset=None, # images to show and, with ground truth, to score
     pred:str|Path=None, # seeds or masks of `ds`, see `find_predictions`
     out:str|Path=None, # HTML file, default `report.html` in the run

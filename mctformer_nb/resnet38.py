@@ -27,8 +27,7 @@ class BasicBlock(nn.Module):
         out:int, # that go out
         stride:int=1, # of the first convolution
         dilation:int=1, # of both
-        first_dilation:int=None, # of the first, if another
-    ):
+        first_dilation:int=None): # of the first, if another
         super().__init__()
         d = first_dilation or dilation
         self.bn1, self.conv1 = nn.BatchNorm2d(cin), nn.Conv2d(cin, mid, 3, stride, d, d, bias=False)
@@ -46,8 +45,7 @@ class BottleneckBlock(nn.Module):
         cin:int, # channels that come in
         out:int, # that go out; a quarter and a half of them inside
         dilation:int=1, # of the 3 x 3 convolution
-        dropout:float=0., # probability that a channel is dropped
-    ):
+        dropout:float=0.): # probability that a channel is dropped
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(cin), nn.Conv2d(cin, out//4, 1, bias=False)
         self.bn2, self.conv2 = nn.BatchNorm2d(out//4), nn.Conv2d(out//4, out//2, 3, 1, dilation, dilation, bias=False)
@@ -65,8 +63,7 @@ class ResNet38(nn.Module):
     frozen = 'conv1', 'b2'                                               # in all trainings of the reference
     def __init__(self,
         width:float=1., # factor on all channels
-        out_indices:tuple=None, # stages to return as a list, 0 to 4; None: only the end, as a tensor
-    ):
+        out_indices:tuple=None): # stages to return as a list, 0 to 4; None: only the end, as a tensor
         super().__init__()
         c = lambda n: max(8, int(n*width))
         def stage(n, cin, mid, out, dilation=1, **first):
@@ -93,8 +90,7 @@ class ResNet38(nn.Module):
         return ends[-1] if self.out_indices is None else [ends[i] for i in self.out_indices]
 
 # %% ../nbs/28_resnet38.ipynb #bbed5f4f
-def resnet38_complexity(
-    image_size:int=224, # pixels
+def resnet38_complexity(image_size:int=224, # pixels
     num_classes:int=20, # outputs of the classifier, a 1 x 1 convolution without bias on every cell
 ) -> dict: # params: all; trained: without conv1, b2 and BatchNorm; macs: of all convolutions
     "Parameters and multiply-adds of ResNet38 as a classifier (Table 4)"
@@ -111,16 +107,14 @@ BRANCHES = dict(short='branch1', bn1='branch2a', conv1='branch2a', bn2='branch2b
                 bn3='branch2b2', conv3='branch2b2') # layer of a block -> its name in the published files
 
 # %% ../nbs/28_resnet38.ipynb #51102bab
-def parse_name(
-    key:str, # of a tensor of `ResNet38`
+def parse_name(key:str, # of a tensor of `ResNet38`
 ) -> tuple: # stage, number of the block, layer, tensor; stage None outside of blocks
     "The parts of a name, e.g. 'b4.5.bn1.weight' -> ('b4', 5, 'bn1', 'weight')"
     *where, layer, what = key.split('.')
     return (where+[None])[0], int((where+[0, 0])[1]), layer, what
 
 # %% ../nbs/28_resnet38.ipynb #38e73b92
-def psa_name(
-    key:str, # of a tensor of `ResNet38`
+def psa_name(key:str, # of a tensor of `ResNet38`
 ) -> str:
     "Its name in PSA's file"
     stage, i, layer, what = parse_name(key)
@@ -128,8 +122,7 @@ def psa_name(
     return f"{stage}{f'_{i}' if i else ''}.{'bn' if 'bn' in layer else 'conv'}_{BRANCHES[layer]}.{what}"
 
 # %% ../nbs/28_resnet38.ipynb #b7c4c337
-def named_weights(
-    source:dict, # name -> tensor or array, of a file
+def named_weights(source:dict, # name -> tensor or array, of a file
     rename:callable, # name in `ResNet38` -> name in the file
     file:str|Path, # for the message
 ) -> dict: # state dict for `ResNet38`
@@ -142,8 +135,7 @@ def named_weights(
     return {k: torch.tensor(np.asarray(source[rename(k)])).float() for k in keys}
 
 # %% ../nbs/28_resnet38.ipynb #d83d21da
-def load_psa(
-    path:str|Path, # res38_cls.pth of PSA, or a file with the same names
+def load_psa(path:str|Path, # res38_cls.pth of PSA, or a file with the same names
 ) -> dict: # state dict for `ResNet38`
     "Weights of PSA's file. Raises `DataError`"
     return named_weights(read_state_dict(path), psa_name, path)
@@ -164,8 +156,7 @@ class BinaryReader:
     def numbers(self, form): return struct.unpack(form, self.bytes(struct.calcsize(form)))
 
 # %% ../nbs/28_resnet38.ipynb #2e16d372
-def read_array(
-    r:BinaryReader, # at the beginning of an array
+def read_array(r:BinaryReader, # at the beginning of an array
 ) -> np.ndarray:
     "The next array of an MXNet file. Raises `ValueError`"
     V1, V2, V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
@@ -182,8 +173,7 @@ def read_array(
     return np.frombuffer(data, MXNET_TYPES[kind]).reshape(shape)
 
 # %% ../nbs/28_resnet38.ipynb #3b9a6e88
-def read_mxnet(
-    path:str|Path, # .params file
+def read_mxnet(path:str|Path, # .params file
     limit:int=2**31, # largest file to read, bytes; that of ResNet38 has about 440 MB
 ) -> dict: # name, with 'arg:' or 'aux:' in front -> array
     "Arrays of an MXNet parameter file. Raises `DataError` for anything else"
@@ -206,8 +196,7 @@ def read_mxnet(
     return named
 
 # %% ../nbs/28_resnet38.ipynb #ca7f52d8
-def mxnet_name(
-    key:str, # of a tensor of `ResNet38`
+def mxnet_name(key:str, # of a tensor of `ResNet38`
 ) -> str:
     "Its name in MXNet's file"
     stage, i, layer, what = parse_name(key)
@@ -218,15 +207,13 @@ def mxnet_name(
     return f"{'aux' if 'moving' in what else 'arg'}:{name}_{what}"
 
 # %% ../nbs/28_resnet38.ipynb #e5f3e34c
-def load_mxnet(
-    path:str|Path, # ilsvrc-cls_rna-a1_cls1000_ep-0001.params, or a file with the same names
+def load_mxnet(path:str|Path, # ilsvrc-cls_rna-a1_cls1000_ep-0001.params, or a file with the same names
 ) -> dict: # state dict for `ResNet38`
     "Weights of the MXNet file. Raises `DataError`"
     return named_weights(read_mxnet(path), mxnet_name, path)
 
 # %% ../nbs/28_resnet38.ipynb #3066d397
-def load_resnet38(
-    net:ResNet38, # changed in place
+def load_resnet38(net:ResNet38, # changed in place
     path:str|Path, # PSA's file, MXNet's file, or a saved state dict of `ResNet38`
 ) -> ResNet38: # the same network
     "Load weights, all of them. Raises `DataError` naming what is missing or of another shape"
@@ -244,8 +231,7 @@ def load_resnet38(
 
 # %% ../nbs/28_resnet38.ipynb #bbb9ffe0
 @register_model
-def mct_resnet38(
-    pretrained:bool=False, # load `pretrained_cfg_overlay['file']`
+def mct_resnet38(pretrained:bool=False, # load `pretrained_cfg_overlay['file']`
     features_only:bool=False, # return a list of stages
     out_indices:tuple=(0, 1, 2, 3, 4), # which; negative ones count from the last
     output_stride:int=8, # at most; it has 8

@@ -22,8 +22,7 @@ from .core import DataError, atomic_path, need, read_json, write_json
 from .views import input_spec
 
 # %% ../nbs/07_runs.ipynb #15a4c417
-def is_archive(
-    path:Path, # a file
+def is_archive(path:Path, # a file
 ) -> bool:
     "Does it begin as weight files do? Then a problem with it is damage"
     with open(path, 'rb') as f: return path.suffix=='.safetensors' or f.read(2).startswith((b'PK', b'\x80'))
@@ -55,8 +54,7 @@ def read_state_dict(
     return tensors_only(sd, path)
 
 # %% ../nbs/07_runs.ipynb #458c359f
-def tensors_only(
-    sd:dict, # a state dict, bare or under 'model' or 'state_dict'
+def tensors_only(sd:dict, # a state dict, bare or under 'model' or 'state_dict'
     source:object='state dict', # where it is from, for the message
 ) -> dict: # name -> tensor, float32
     "The state dict inside `sd`, without prefixes of DDP or torch.compile. Raises `DataError`."
@@ -67,8 +65,7 @@ def tensors_only(
     return {k: v.float() if v.is_floating_point() else v for k,v in clean_state_dict(sd).items()}
 
 # %% ../nbs/07_runs.ipynb #00bb0c45
-def strip_prefix(
-    sd:dict, # name -> tensor, of a foreign file
+def strip_prefix(sd:dict, # name -> tensor, of a foreign file
     core:tuple=('blocks.', 'patch_embed.', 'cls_token', 'pos_embed'), # how names of the network itself begin
 ) -> dict: # the same, named as the network names them
     "A state dict without the names of the modules that the network was wrapped in"
@@ -81,8 +78,7 @@ def strip_prefix(
     return sd
 
 # %% ../nbs/07_runs.ipynb #e7cae1ee
-def packaged_weights(
-    name:str, # timm name of a backbone
+def packaged_weights(name:str, # timm name of a backbone
 ) -> Path: # weight file
     "Weights that come with the package. Raises `DataError` if there are none of that name."
     file = Path(str(files('mctformer_nb')))/'data'/f'{name}.safetensors'
@@ -92,12 +88,10 @@ def packaged_weights(
     return file
 
 # %% ../nbs/07_runs.ipynb #b5f4a9d4
-def check_state(
-    sd:dict, # name -> tensor that is there
+def check_state(sd:dict, # name -> tensor that is there
     want:dict, # name -> tensor that is needed
     source:object, # file, for the message
-    fix:str='Use a file of the same architecture', # what to do
-):
+    fix:str='Use a file of the same architecture'): # what to do
     "`DataError` that names keys, unless both have the same keys and shapes"
     some = lambda ks: ', '.join(sorted(ks)[:4]) + (f' and {len(ks)-4} more' if len(ks) > 4 else '')
     both = [k for k in sd.keys() & want.keys() if sd[k].shape != want[k].shape]
@@ -106,8 +100,7 @@ def check_state(
     need(not any(wrong.values()), source, '; '.join(f'{name}: {some(ks)}' for name,ks in wrong.items() if ks), fix)
 
 # %% ../nbs/07_runs.ipynb #77b17fac
-def weights_digest(
-    model:nn.Module, # any
+def weights_digest(model:nn.Module, # any
 ) -> str: # 16 hexadecimal digits
     "Hash of all weights, independent of the device"
     h = hashlib.sha256()
@@ -130,8 +123,7 @@ _HOME = dict(classifier='mctformer_nb.frozen', affinitynet='mctformer_nb.affinit
              deeplab='mctformer_nb.deeplab_net', segmenter='mctformer_nb.mask_decoder')
 
 # %% ../nbs/07_runs.ipynb #699f0bfd
-def run_kind(
-    name:str, # of the kind
+def run_kind(name:str, # of the kind
     file:object='config.json', # that names it, for the message
 ) -> RunKind:
     "The kind of that name. Raises `DataError`."
@@ -141,8 +133,7 @@ def run_kind(
     return RUN_KINDS[name]
 
 # %% ../nbs/07_runs.ipynb #36fcc15f
-def check_config(
-    file:str|Path, # config.json, for the message
+def check_config(file:str|Path, # config.json, for the message
     cfg:object, # its content
     **fields:type, # {name: type} that it must have
 ) -> dict: # the same
@@ -161,8 +152,7 @@ def check_config(
     return cfg
 
 # %% ../nbs/07_runs.ipynb #7bf8d770
-def save_run(
-    model:nn.Module, # with `run_kind` and `config`
+def save_run(model:nn.Module, # with `run_kind` and `config`
     folder:str|Path, # run folder, made if needed
     **config, # more to remember: classes (list of names), image_size, ...
 ) -> dict: # the configuration written
@@ -182,8 +172,7 @@ def save_run(
     return cfg
 
 # %% ../nbs/07_runs.ipynb #6d175afc
-def load_run(
-    folder:str|Path, # run folder
+def load_run(folder:str|Path, # run folder
     backbone:nn.Module=None, # only for a backbone of your own
     num_classes:int=None, # raise unless the run has this many classes
     kind:str|tuple=None, # 'classifier' | 'affinitynet' | 'deeplab' | 'segmenter', or several; default any
@@ -209,8 +198,7 @@ def load_run(
     return load_weights(model, file.with_name('model.safetensors'), cfg).eval(), cfg
 
 # %% ../nbs/07_runs.ipynb #5534241f
-def load_weights(
-    model:nn.Module, # changed in place
+def load_weights(model:nn.Module, # changed in place
     path:str|Path, # weight file of a model of this package
     cfg:dict=None, # configuration of its run
 ) -> nn.Module: # the same model
@@ -222,10 +210,8 @@ def load_weights(
     return model
 
 # %% ../nbs/07_runs.ipynb #93044715
-def check_data(
-    model:nn.Module, # with `num_classes`
-    ds:object, # data set
-):
+def check_data(model:nn.Module, # with `num_classes`
+    ds:object): # data set
     "`DataError` unless there are photos, of as many classes as the network has"
     C, n = model.num_classes, len(ds.classes)
     need(len(ds), 'seeds', f'the data set {ds.name} has no images', 'Check the split')
@@ -233,8 +219,7 @@ def check_data(
          'Use the data that the model was trained for')
 
 # %% ../nbs/07_runs.ipynb #ecb45459
-def plain(
-    v:object, # value of an option
+def plain(v:object, # value of an option
 ) -> object: # what JSON knows, by name where it cannot be the value itself
     "An option as it is noted in a run's settings"
     if isinstance(v, (np.generic, np.ndarray)): return v.tolist()
@@ -246,16 +231,14 @@ def plain(
 NO_RESULT = 'workers', 'cache', 'cbs', 'make' # change no result; `make`, an optimiser's class, is told by its name
 
 # %% ../nbs/07_runs.ipynb #87810053
-def as_settings(
-    options:dict, # {name: value}
+def as_settings(options:dict, # {name: value}
     **usual, # options that came later, at what was done before
 ) -> dict: # {name: plain value}
     "Options as a run's settings note them"
     return {k: plain(v) for k,v in options.items() if k not in NO_RESULT and usual.get(k, ...)!=v}
 
 # %% ../nbs/07_runs.ipynb #9ec0a0ad
-def split_options(
-    options:dict, # {name: value}
+def split_options(options:dict, # {name: value}
     *receivers:Callable, # functions and classes (dataclasses too) that take some of them
     given:tuple=(), # arguments of the receivers that are no options
     rest:bool=False, # give back what no receiver knows, instead of an error

@@ -17,13 +17,12 @@ from .compact import compact_seed
 from .core import DataError, need, open_mask, progress, read_arrays, write_json
 
 # %% ../nbs/23_scores.ipynb #a6277c2c
-def confusion(
-    pred:np.ndarray,    # (H,W) predicted labels 0..n-1, 0 is background
-    target:np.ndarray,  # (H,W) ground truth of the same shape
-    n:int,              # number of labels: foreground classes + 1
-    ignore:int=255,     # ground-truth value of pixels that do not count (VOC devkit: 255)
-    name:str='',        # of the image, for messages
-) -> np.ndarray:        # (n,n) int64 counts, rows ground truth, columns prediction
+def confusion(pred:np.ndarray, # (H,W) predicted labels 0..n-1, 0 is background
+    target:np.ndarray, # (H,W) ground truth of the same shape
+    n:int, # number of labels: foreground classes + 1
+    ignore:int=255, # ground-truth value of pixels that do not count (VOC devkit: 255)
+    name:str='', # of the image, for messages
+) -> np.ndarray: # (n,n) int64 counts, rows ground truth, columns prediction
     "Count every (ground truth, prediction) pair of labels; `DataError` for other shapes and for labels outside 0..n-1"
     pred, target = np.asarray(pred), np.asarray(target)
     where = [f'{name}: {what}'.removeprefix(': ') for what in ('prediction', 'ground truth')]
@@ -38,11 +37,10 @@ def confusion(
     return np.bincount(t.astype(np.int64)*n + p.astype(np.int64), minlength=n*n).reshape(n, n)   # (n*n,) -> (n,n)
 
 # %% ../nbs/23_scores.ipynb #533041f7
-def iou_fp_fn(
-    conf:np.ndarray,      # (...,n,n) counts, rows ground truth; leading axes (such as thresholds) are kept
-    keep:list|None=None,  # label indices whose mean is taken, default all n
+def iou_fp_fn(conf:np.ndarray, # (...,n,n) counts, rows ground truth; leading axes (such as thresholds) are kept
+    keep:list|None=None, # label indices whose mean is taken, default all n
     absent:str='exclude', # a class in neither prediction nor truth: 'exclude' (NaN), or 'zero' as the published scorer
-) -> dict:                # `miou`, `fp`, `fn` (...,) means and `iou`, `fp_class`, `fn_class` (...,n), all in percent
+) -> dict: # `miou`, `fp`, `fn` (...,) means and `iou`, `fp_class`, `fn_class` (...,n), all in percent
     "mIoU, FP and FN (section 4.3) in percent"
     need(absent in ('exclude', 'zero'), 'absent', f'{absent!r} is unknown', "Choose 'exclude' or 'zero'")
     conf, empty = np.asarray(conf), 0. if absent == 'zero' else np.nan
@@ -65,12 +63,11 @@ def _named(ds, classes):
     return names, None if classes is None else [0] + [names.index(c)+1 for c in classes]
 
 # %% ../nbs/23_scores.ipynb #2f635eef
-def named_scores(
-    conf:np.ndarray,      # (n,n) counts of `confusion`
-    ds:object,            # `Dataset`, or a list of the n-1 foreground names
+def named_scores(conf:np.ndarray, # (n,n) counts of `confusion`
+    ds:object, # `Dataset`, or a list of the n-1 foreground names
     classes:list|None=None, # names: means over background + these only
     absent:str='exclude', # see `iou_fp_fn`
-) -> AttrDict:            # miou, fp, fn, per_class {name: {iou, fp, fn}}, confusion, names, classes, absent; percent
+) -> AttrDict: # miou, fp, fn, per_class {name: {iou, fp, fn}}, confusion, names, classes, absent; percent
     "Scores of a confusion matrix by name; `DataError` if no foreground class has a pixel in the ground truth"
     conf, (names, keep) = np.asarray(conf), _named(ds, classes)
     need(conf.any(), 'scores', 'there is no pixel to score', 'Check split and masks')
@@ -83,33 +80,30 @@ def named_scores(
     return AttrDict(means, per_class=per, confusion=conf, names=names, classes=classes, absent=absent)
 
 # %% ../nbs/23_scores.ipynb #3fac5872
-def seed_to_mask(
-    classes:np.ndarray,  # (k,) 0-based class indices, without background
-    maps:np.ndarray,     # (k,H,W) scores, k may be 0
-    threshold:float,     # constant background score
-) -> np.ndarray:         # (H,W) uint8 mask: 0 background, class + 1 elsewhere
+def seed_to_mask(classes:np.ndarray, # (k,) 0-based class indices, without background
+    maps:np.ndarray, # (k,H,W) scores, k may be 0
+    threshold:float, # constant background score
+) -> np.ndarray: # (H,W) uint8 mask: 0 background, class + 1 elsewhere
     "Argmax over {threshold, maps}: the seed as a label mask"
     labels = np.concatenate([[0], np.asarray(classes, dtype=np.int64)+1])                    # (1+k,)
     bg = np.full((1, *np.shape(maps)[1:]), threshold)                                        # (1,H,W) float64
     return labels[np.concatenate([bg, maps]).argmax(0)].astype(np.uint8)                     # (1+k,H,W) -> (H,W)
 
 # %% ../nbs/23_scores.ipynb #02bc3242
-def count_bins(
-    scores:np.ndarray,     # any shape
+def count_bins(scores:np.ndarray, # any shape
     thresholds:np.ndarray, # (T,) increasing
-) -> np.ndarray:           # int64, shape of `scores`
+) -> np.ndarray: # int64, shape of `scores`
     "Number of thresholds strictly below each score; T+1 for NaN and infinities"
     s = np.asarray(scores).astype(np.float64)            # float16 and float32 are exact in float64
     return np.where(np.isfinite(s), np.searchsorted(thresholds, s, side='left'), len(thresholds)+1)
 
 # %% ../nbs/23_scores.ipynb #53764df1
-def count_pixels(
-    maps:np.ndarray,       # (k,H,W), k > 0
-    mask:np.ndarray,       # (H,W) uint8
-    n:int,                 # number of labels
+def count_pixels(maps:np.ndarray, # (k,H,W), k > 0
+    mask:np.ndarray, # (H,W) uint8
+    n:int, # number of labels
     thresholds:np.ndarray, # (T,) increasing
-    half_bins:np.ndarray,  # (32768,) `count_bins` of every non-negative float16, by bit pattern
-) -> np.ndarray:           # (n+2,k,T+2): ground truth (n: ignored, n+1: not a label), winner, bin of its score
+    half_bins:np.ndarray, # (32768,) `count_bins` of every non-negative float16, by bit pattern
+) -> np.ndarray: # (n+2,k,T+2): ground truth (n: ignored, n+1: not a label), winner, bin of its score
     "The histogram over (y, w, b) of one image"
     k, T = len(maps), len(thresholds)
     half = maps.dtype == np.float16 and maps.flags.c_contiguous and maps.view(np.int16).min() >= 0
@@ -149,9 +143,8 @@ def _check_seed(name, classes, maps, mask, n):
 class SweepCounts:
     "Adds up images; `confusions()` are the matrices of all thresholds"
     def __init__(self,
-        n:int,                 # number of labels
-        thresholds:np.ndarray, # (T,) increasing
-    ):
+        n:int, # number of labels
+        thresholds:np.ndarray): # (T,) increasing
         self.n, self.thresholds = n, thresholds
         self.total = np.zeros((n, n, len(thresholds)+1), np.int64)             # pixels by (y, w, b)
         self.half_bins = count_bins(np.arange(2**15, dtype=np.uint16).view(np.float16), thresholds)
@@ -170,9 +163,8 @@ class SweepCounts:
         return conf
 
 # %% ../nbs/23_scores.ipynb #3b8d754b
-def read_seed(
-    path:str|Path, # .npz file
-) -> tuple:        # classes (k,), maps (k,H,W)
+def read_seed(path:str|Path, # .npz file
+) -> tuple: # classes (k,), maps (k,H,W)
     "Arrays of a seed file; `DataError` for everything that is not one"
     small = None if Path(path).is_file() else compact_seed(path)
     return tuple(small or read_arrays(path, ('classes', 'maps'), 'seed', 'mct_seeds'))
@@ -206,13 +198,12 @@ def _unnamed(ds, i, mask):
     return [ds.classes[c] for c in shown if c not in labels and c < len(ds.classes)]
 
 # %% ../nbs/23_scores.ipynb #db3356fe
-def score_each(
-    pred:str|Path|dict|Iterable, # folder, dict by id, or iterable of (prediction, ground truth)
-    ds:object,                # `Dataset` with masks; for an iterable a list of foreground names is enough
-    suffix:str,               # of the files in a folder
-    read:callable,            # path -> prediction
-    add:callable,             # add(name, prediction, ground truth) counts one image
-    skip_missing:bool=False,  # note what is missing or cannot be scored, instead of an error
+def score_each(pred:str|Path|dict|Iterable, # folder, dict by id, or iterable of (prediction, ground truth)
+    ds:object, # `Dataset` with masks; for an iterable a list of foreground names is enough
+    suffix:str, # of the files in a folder
+    read:callable, # path -> prediction
+    add:callable, # add(name, prediction, ground truth) counts one image
+    skip_missing:bool=False, # note what is missing or cannot be scored, instead of an error
 ) -> AttrDict: # n_images; missing (ids); bad [(id, problem)]; unnamed {id: classes in the mask, not in the labels}
     "Give every image to `add`, each file read once"
     files, notes = isinstance(pred, (str, Path, dict)), AttrDict(n_images=0, missing=[], bad=[], unnamed={})
@@ -243,12 +234,11 @@ def _notes(conf, notes):
     return dict(n_images=notes.n_images, missing=notes.missing, bad=notes.bad, warnings=lines)
 
 # %% ../nbs/23_scores.ipynb #7536c72d
-def sweep_result(
-    counts:SweepCounts,       # of all images
-    ds:object,                # `Dataset`, or the foreground names
-    notes:dict,               # n_images, missing, bad, unnamed: see `score_each`
-    classes:list|None=None,   # names: means (and the best threshold) over background + these only
-    absent:str='exclude',     # classes that never occur: see `iou_fp_fn`
+def sweep_result(counts:SweepCounts, # of all images
+    ds:object, # `Dataset`, or the foreground names
+    notes:dict, # n_images, missing, bad, unnamed: see `score_each`
+    classes:list|None=None, # names: means (and the best threshold) over background + these only
+    absent:str='exclude', # classes that never occur: see `iou_fp_fn`
 ) -> AttrDict: # what `sweep_threshold` returns
     "Scores at every threshold from counts, and those of the best, in percent"
     (_, keep), ts, confs = _named(ds, classes), counts.thresholds, counts.confusions()           # (T,n,n)
@@ -261,12 +251,12 @@ def sweep_result(
 
 # %% ../nbs/23_scores.ipynb #ec9af561
 def sweep_threshold(
-    seeds:str|Path|dict|Iterable,            # folder of `<id>.npz`, or iterable: classes (k,), maps (k,H,W), mask (H,W)
-    ds:object,                               # `Dataset` with masks; for an iterable the foreground names are enough
+    seeds:str|Path|dict|Iterable, # folder of `<id>.npz`, or iterable: classes (k,), maps (k,H,W), mask (H,W)
+    ds:object, # `Dataset` with masks; for an iterable the foreground names are enough
     thresholds:np.ndarray=np.arange(60)/100, # increasing background scores; the published protocol is 0.00-0.59 by 0.01
-    classes:list|None=None,                  # names: means (and the best threshold) over background + these only
-    skip_missing:bool=False,                 # leave out images without seed (`missing`) or unusable (`bad`)
-    absent:str='exclude',                    # classes that never occur: see `iou_fp_fn`
+    classes:list|None=None, # names: means (and the best threshold) over background + these only
+    skip_missing:bool=False, # leave out images without seed (`missing`) or unusable (`bad`)
+    absent:str='exclude', # classes that never occur: see `iou_fp_fn`
 ) -> AttrDict: # thresholds, miou, fp, fn (T,); best_threshold, best_miou, per_class, confusion at the best; warnings
     "Score seeds at every threshold in one pass over pixels, in percent. `DataError` names the file that does not fit"
     (names, _), ts = _named(ds, classes), np.asarray(thresholds, dtype=np.float64).ravel()
@@ -278,11 +268,10 @@ def sweep_threshold(
     return sweep_result(counts, ds, notes, classes, absent)
 
 # %% ../nbs/23_scores.ipynb #f0598f9b
-def plot_sweep(
-    res:dict,        # result of `sweep_threshold`
-    ax:object=None,  # matplotlib axes, a new figure when None
-    label='',        # put before the names of the curves, to compare several results in one figure
-):                   # the axes
+def plot_sweep(res:dict, # result of `sweep_threshold`
+    ax:object=None, # matplotlib axes, a new figure when None
+    label='', # put before the names of the curves, to compare several results in one figure
+): # the axes
     "mIoU, FP and FN against the threshold, the best one marked"
     if ax is None:
         import matplotlib.pyplot as plt                  # only here: scoring does not need it
@@ -298,26 +287,24 @@ def plot_sweep(
     return ax
 
 # %% ../nbs/23_scores.ipynb #e67ee2f5
-def fixed_threshold(
-    seeds:str|Path|Iterable,  # as in `sweep_threshold`
-    ds:object,                # as in `sweep_threshold`
-    threshold:float,          # background score, for example `best_threshold` found on other images
-    classes:list|None=None,   # names: means over background + these only
-    skip_missing:bool=False,  # leave out images without a seed file
-    absent:str='exclude',     # classes that never occur: see `iou_fp_fn`
-) -> AttrDict:                # miou, fp, fn, per_class, confusion, threshold, n_images, missing, bad, warnings; percent
+def fixed_threshold(seeds:str|Path|Iterable, # as in `sweep_threshold`
+    ds:object, # as in `sweep_threshold`
+    threshold:float, # background score, for example `best_threshold` found on other images
+    classes:list|None=None, # names: means over background + these only
+    skip_missing:bool=False, # leave out images without a seed file
+    absent:str='exclude', # classes that never occur: see `iou_fp_fn`
+) -> AttrDict: # miou, fp, fn, per_class, confusion, threshold, n_images, missing, bad, warnings; percent
     "Score seeds at one given threshold"
     r = sweep_threshold(seeds, ds, [threshold], classes, skip_missing, absent)
     extra = {k: r[k] for k in ('n_images', 'missing', 'bad', 'warnings')}
     return AttrDict(named_scores(r.confusion, ds, classes, absent), threshold=float(threshold), **extra)
 
 # %% ../nbs/23_scores.ipynb #303e3dcf
-def score_masks(
-    pred:str|Path|dict|Iterable,  # folder of `<id>.png`, dict id -> (H,W), iterable of (prediction, target)
-    ds:object,                    # `Dataset` with masks; for an iterable a list of foreground names is enough
-    classes:list|None=None,       # names: means over background + these only
-    skip_missing:bool=False,      # leave out images without a prediction (`missing`), and what cannot be scored (`bad`)
-    absent:str='exclude',         # classes that never occur: see `iou_fp_fn`
+def score_masks(pred:str|Path|dict|Iterable, # folder of `<id>.png`, dict id -> (H,W), iterable of (prediction, target)
+    ds:object, # `Dataset` with masks; for an iterable a list of foreground names is enough
+    classes:list|None=None, # names: means over background + these only
+    skip_missing:bool=False, # leave out images without a prediction (`missing`), and what cannot be scored (`bad`)
+    absent:str='exclude', # classes that never occur: see `iou_fp_fn`
 ) -> AttrDict: # miou, fp, fn, per_class {name: {iou, fp, fn}}, confusion (n,n), n_images, missing, bad, warnings
     "Score label masks against ground truth, in percent. `DataError` names the file that does not fit"
     n = len(_named(ds, classes)[0])+1
@@ -327,10 +314,9 @@ def score_masks(
     return AttrDict(named_scores(conf, ds, classes, absent) | _notes(conf, notes))
 
 # %% ../nbs/23_scores.ipynb #73e7e6bf
-def score_table(
-    res:dict,                # of `sweep_threshold`, `fixed_threshold` or `score_masks`, also read back from JSON
-    classes:list|None=None,  # names: one more line, the mean over background + these
-) -> str:                    # lines of text, one per class
+def score_table(res:dict, # of `sweep_threshold`, `fixed_threshold` or `score_masks`, also read back from JSON
+    classes:list|None=None, # names: one more line, the mean over background + these
+) -> str: # lines of text, one per class
     "Scores per class in percent as text, means last; a dash for a class that does not occur; then the warnings"
     per = {c: np.array([r[k] for k in ('iou','fp','fn')], float) for c,r in res['per_class'].items()} # None becomes NaN
     def mean(names):
@@ -349,10 +335,9 @@ def score_table(
     return '\n'.join([line('class', ('IoU', 'FP', 'FN')), *lines, *warnings])
 
 # %% ../nbs/23_scores.ipynb #01961ecd
-def save_scores(
-    path:str|Path,  # JSON file, written atomically
-    res:dict,       # result of `sweep_threshold`, `fixed_threshold` or `score_masks`
-    **extra,        # more entries, such as the command that was run
+def save_scores(path:str|Path, # JSON file, written atomically
+    res:dict, # result of `sweep_threshold`, `fixed_threshold` or `score_masks`
+    **extra, # more entries, such as the command that was run
 ) -> None:
     "Write a result as JSON: arrays become lists, NaN becomes null"
     write_json(path, {**res, **extra})

@@ -27,8 +27,7 @@ from .views import Views, input_spec, photo_views, plan_batches, view_sizes
 
 # %% ../nbs/22_seeds.ipynb #80e18006
 @torch.no_grad()
-def batch_maps(
-    model:torch.nn.Module, # in evaluation mode
+def batch_maps(model:torch.nn.Module, # in evaluation mode
     views:list, # one a scale: (B,1 or 2,3,h,w), mirror images second, see `photo_views`
     classes:list, # class indices to compute
     wanted:list, # kinds of maps: dicts of kind, layers, refine, rule of `localize`
@@ -42,8 +41,7 @@ def batch_maps(
     return [list(scales) for scales in zip(*out)]
 
 # %% ../nbs/22_seeds.ipynb #1930903a
-def maps_to_photo(
-    maps:list, # one a scale: (k,h,w)
+def maps_to_photo(maps:list, # one a scale: (k,h,w)
     size:tuple, # (H,W) of the photo
 ) -> np.ndarray: # float16 (k,H,W) in [0,1]
     "Maps of all scales enlarged, added, min-max per class. Raises `DataError` for values that are not numbers."
@@ -53,15 +51,13 @@ def maps_to_photo(
     return minmax(m).half().cpu().numpy()
 
 # %% ../nbs/22_seeds.ipynb #4f337cd9
-def compete_maps(
-    maps:torch.Tensor, # (k,h,w) of the classes of one photo; logits, which may be negative, say most
+def compete_maps(maps:torch.Tensor, # (k,h,w) of the classes of one photo; logits, which may be negative, say most
 ) -> torch.Tensor: # (k,h,w), not negative
     "Maps weighted by a softmax over the classes of the photo, cell by cell"
     return maps.relu()*(maps/maps.std().clamp_min(1e-6)).softmax(0)
 
 # %% ../nbs/22_seeds.ipynb #db3eed1a
-def finish_maps(
-    maps:list, # one a scale: (k,h,w)
+def finish_maps(maps:list, # one a scale: (k,h,w)
     compete:bool=False, # weight the classes by `compete_maps`
     affinity:torch.Tensor=None, # (M,M) of the photo's patches, see `patch_affinity`
     grid:tuple=None, # (h,w) of these patches
@@ -75,8 +71,7 @@ def finish_maps(
 
 # %% ../nbs/22_seeds.ipynb #273fe67e
 @torch.no_grad()
-def predict_classes(
-    model:torch.nn.Module, # in evaluation mode
+def predict_classes(model:torch.nn.Module, # in evaluation mode
     x:torch.Tensor, # (B,3,h,w)
     threshold:float=.5, # probability from which a class counts
 ) -> list: # of int64 (k,), ascending; never empty
@@ -107,16 +102,14 @@ class SeedOptions:
         return self
 
 # %% ../nbs/22_seeds.ipynb #68c79385
-def seed_options(
-    options:dict, # by name
+def seed_options(options:dict, # by name
 ) -> tuple[Views, SeedOptions]:
     "Options as the dataclasses that know them. Raises `DataError` for an unknown or impossible one."
     views, how = split_options(options, Views, SeedOptions)
     return Views(**views).check(), SeedOptions(**how).check()
 
 # %% ../nbs/22_seeds.ipynb #65bfc542
-def seed_kind(
-    model:torch.nn.Module, # `MCTformer` or a baseline
+def seed_kind(model:torch.nn.Module, # `MCTformer` or a baseline
     maps:dict, # kind, layers, refine, rule of `localize`, as far as they are given
 ) -> dict: # all of them
     "Which maps: the paper's three layers, refined, where nothing else is said. Raises `DataError` for what cannot be."
@@ -126,8 +119,7 @@ def seed_kind(
     return maps | (dict(layers=None, refine=False, rule=None) if hasattr(model, 'kinds') else {})      # a baseline's
 
 # %% ../nbs/22_seeds.ipynb #186e0dd5
-def seed_settings(
-    model:torch.nn.Module, # `MCTformer` or a baseline
+def seed_settings(model:torch.nn.Module, # `MCTformer` or a baseline
     ds:'Dataset', # photos
     maps:dict, # kind, layers, refine, rule of `localize`, its defaults for what is not there
     views:Views, # of a photo
@@ -145,8 +137,7 @@ def seed_settings(
                 classes=list(ds.classes), model=weights_digest(model), **later)
 
 # %% ../nbs/22_seeds.ipynb #8a4970d7
-def photo_affinity(
-    other:OtherAffinity, # the network, and how it is used
+def photo_affinity(other:OtherAffinity, # the network, and how it is used
     x:torch.Tensor, # (1,3,h,w) one photo, normalised for it
 ) -> tuple: # (M,M), (h,w) grid of its patches
     "Patch affinity of one photo by another network"
@@ -202,8 +193,7 @@ def compute(self:SeedNet,
 
 # %% ../nbs/22_seeds.ipynb #48225c1b
 @contextmanager
-def seed_net(
-    model:torch.nn.Module, # `MCTformer` or a baseline
+def seed_net(model:torch.nn.Module, # `MCTformer` or a baseline
     ds:'Dataset', # images and their labels
     wanted:list, # kinds of maps: dicts of kind, layers, refine, rule of `extract_seeds`
     options:dict, # of `Views` and `SeedOptions`
@@ -217,8 +207,7 @@ def seed_net(
         yield SeedNet(net, kinds, views, how, model.patch_size, input_spec(model), device), settings
 
 # %% ../nbs/22_seeds.ipynb #aec13d1f
-def write_seed(
-    path:str|Path, # file to write
+def write_seed(path:str|Path, # file to write
     found:tuple, # classes (k,), [maps (k,h,w), one a scale], (H,W): of `SeedNet.compute`
 ) -> int: # number of classes
     "Write one seed, at the size of the photo"
@@ -227,8 +216,7 @@ def write_seed(
     return len(classes)
 
 # %% ../nbs/22_seeds.ipynb #6adbc90a
-def extract_kinds(
-    model:torch.nn.Module, # `MCTformer` or a baseline, moved to the device
+def extract_kinds(model:torch.nn.Module, # `MCTformer` or a baseline, moved to the device
     ds:'Dataset', # images and their labels
     wanted:dict, # {folder: dict of kind, layers, refine, rule of `extract_seeds`}, its defaults for what is not there
     **options, # of `Views` (scales, flip, image_size, ...) and `SeedOptions` (labels, batch_size, device, ...)
@@ -243,8 +231,7 @@ def extract_kinds(
     return {str(folder): r for folder,r in zip(wanted, reports)}
 
 # %% ../nbs/22_seeds.ipynb #9f17f3e9
-def extract_seeds(
-    model:torch.nn.Module, # `MCTformer` or a baseline, moved to the device
+def extract_seeds(model:torch.nn.Module, # `MCTformer` or a baseline, moved to the device
     ds:'Dataset', # images and their labels
     out:str|Path, # folder of seed files
     kind:str=None, # 'attn' | 'patchcam' | 'fused'; default fused for V2, attn for V1, of a baseline its first
@@ -258,8 +245,7 @@ def extract_seeds(
     return extract_kinds(model, ds, {out: maps}, **options)[str(out)]
 
 # %% ../nbs/22_seeds.ipynb #26c6b77c
-def show_seeds(
-    ds:'Dataset', # images
+def show_seeds(ds:'Dataset', # images
     folder:str|Path, # its seeds
     n:int=4, # photos, the first that have a seed
     ids:list=None, # or these

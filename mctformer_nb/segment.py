@@ -27,8 +27,7 @@ from .runs import plain, split_options, weights_digest
 from .views import InputSpec, input_spec, rgb_tensor
 
 # %% ../nbs/42_segment.ipynb #5c8b773b
-def window_slices(
-    n:int, # pixels to cover
+def window_slices(n:int, # pixels to cover
     window:int=None, # most pixels of a slice; default all
 ) -> list: # of slices, each starting at a multiple of 8
     "Slices that overlap by a third"
@@ -38,8 +37,7 @@ def window_slices(
 
 # %% ../nbs/42_segment.ipynb #5848c2dd
 @torch.no_grad()
-def view_logits(
-    net:torch.nn.Module, # x -> logits at any stride
+def view_logits(net:torch.nn.Module, # x -> logits at any stride
     x:torch.Tensor, # (B,3,h,w), normalised
     window:int=None, # side of the windows in pixels; default the whole view at once
 ) -> torch.Tensor: # (B,C+1,h,w) float32
@@ -81,8 +79,7 @@ class SegmentViews:
         return replace(self, scales=scales, flip=bool(self.flip))
 
 # %% ../nbs/42_segment.ipynb #sc4l3dv0
-def scaled_view(
-    image:Image.Image, # RGB photo
+def scaled_view(image:Image.Image, # RGB photo
     scale:float=1., # of both sides
     spec:InputSpec=InputSpec(), # what the network expects
 ) -> torch.Tensor: # (1,3,h,w), normalised
@@ -92,8 +89,7 @@ def scaled_view(
 
 # %% ../nbs/42_segment.ipynb #08da488e
 @torch.no_grad()
-def class_probs(
-    net:torch.nn.Module, # in eval mode
+def class_probs(net:torch.nn.Module, # in eval mode
     image:Image.Image, # RGB photo
     scales:tuple=SCALES, # reference
     flip:bool=False, # the mirror image of every view as well
@@ -114,8 +110,7 @@ def class_probs(
     return (best/best.sum(1, keepdim=True))[0]
 
 # %% ../nbs/42_segment.ipynb #02de78d3
-def present_classes(
-    probs:torch.Tensor, # (C+1,H,W)
+def present_classes(probs:torch.Tensor, # (C+1,H,W)
     least:float=.01, # probability that a class has somewhere
 ) -> tuple: # mask values (k,) and their rows (k,H,W), numpy
     "The classes that occur in a photo; at least the most probable one"
@@ -124,8 +119,7 @@ def present_classes(
     return labels.cpu().numpy(), probs[labels].cpu().numpy()
 
 # %% ../nbs/42_segment.ipynb #769fc8f7
-def segment(
-    net:torch.nn.Module, # segmentation network, see `load_segment`
+def segment(net:torch.nn.Module, # segmentation network, see `load_segment`
     image:Image.Image, # RGB photo
     scales:tuple=SCALES, # reference
     crf:bool=True, # dense CRF with `SEG_CRF` (reference)
@@ -150,8 +144,7 @@ class MaskFolder(PhotoMasks):
     def finish(self, image, found): return refined_mask(image, found.labels, found.rows, self.crf)   # (h,w)
 
 # %% ../nbs/42_segment.ipynb #l00kd33p
-def find_by_network(
-    net:torch.nn.Module, # segmentation network
+def find_by_network(net:torch.nn.Module, # segmentation network
     names:list, # of its classes
     views:SegmentViews, # of a photo
     image:Image.Image, # RGB photo
@@ -162,8 +155,7 @@ def find_by_network(
     return dict(labels=labels, rows=rows, scores=dict(zip(names, probs[1:].amax((1, 2)).tolist())))
 
 # %% ../nbs/42_segment.ipynb #965a25f2
-def segment_kinds(
-    run:str|Path|tuple, # run folder of a segmentation network, or (network, class names)
+def segment_kinds(run:str|Path|tuple, # run folder of a segmentation network, or (network, class names)
     ds:Dataset|str|Path, # data set, or a folder of photos
     wanted:dict, # {folder of masks: crf of `segment_dataset`}
     scales:tuple=SCALES, # reference
@@ -187,8 +179,7 @@ def segment_kinds(
     return {str(f): AttrDict(r, classes=names) for f,r in zip(wanted, found)}
 
 # %% ../nbs/42_segment.ipynb #965a25f3
-def segment_dataset(
-    run:str|Path|tuple, # run folder of a segmentation network, or (network, class names)
+def segment_dataset(run:str|Path|tuple, # run folder of a segmentation network, or (network, class names)
     ds:Dataset|str|Path, # data set, or a folder of photos
     out:str|Path, # folder of masks, `<id>.png`
     scales:tuple=SCALES, # reference
@@ -201,8 +192,7 @@ def segment_dataset(
     return segment_kinds(run, ds, {out: crf}, scales, flip, overlays, **options)[str(out)]
 
 # %% ../nbs/42_segment.ipynb #cceeb289
-def show_masks(
-    ds:Dataset|str|Path, # data set, or folder of photos
+def show_masks(ds:Dataset|str|Path, # data set, or folder of photos
     folder:str|Path, # its masks
     classes:list=None, # names for the legend, default those of the data set
     n:int=4, # photos, the first that have a mask

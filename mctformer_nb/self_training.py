@@ -30,8 +30,7 @@ from .vit import capture_qk
 
 # %% ../nbs/25_self_training.ipynb #d9952edf
 @torch.no_grad()
-def tokens_and_affinity(
-    other:OtherAffinity, # the transformer, and how it is used
+def tokens_and_affinity(other:OtherAffinity, # the transformer, and how it is used
     x:torch.Tensor, # (1,3,h,w), normalised for it
 ) -> tuple: # features (D,h,w), affinity (M,M), both float32
     "Patch tokens after the last norm, and Eq. 3's affinity of the last blocks"
@@ -42,8 +41,7 @@ def tokens_and_affinity(
     return t[0, P:].T.unflatten(1, (x.shape[-2]//patch, x.shape[-1]//patch)).float(), A  # (M,D) -> (D,h,w)
 
 # %% ../nbs/25_self_training.ipynb #ec8a41f0
-def cosine_affinity(
-    features:torch.Tensor, # (D,h,w) of one photo
+def cosine_affinity(features:torch.Tensor, # (D,h,w) of one photo
     temperature:float=.2, # tau: the smaller, the stricter
 ) -> torch.Tensor: # (M,M), rows sum to 1
     "Which cells of a photo look alike"
@@ -53,8 +51,7 @@ def cosine_affinity(
 
 # %% ../nbs/25_self_training.ipynb #a11c7d77
 @torch.no_grad()
-def frozen_stages(
-    net:nn.Module, # CNN of timm, see `frozen_network`
+def frozen_stages(net:nn.Module, # CNN of timm, see `frozen_network`
     x:torch.Tensor, # (1,3,H,W), normalised for it
     n:int=2, # last stages
 ) -> tuple: # last features (D,h,w) as its classifier saw them, [features (D_t,h_t,w_t)] of the last stages
@@ -63,8 +60,7 @@ def frozen_stages(
     return last[0].float(), [s[0].float() for s in stages]
 
 # %% ../nbs/25_self_training.ipynb #a8c9e993
-def unit(
-    features:torch.Tensor, # (D,h,w)
+def unit(features:torch.Tensor, # (D,h,w)
 ) -> torch.Tensor: # (D,h,w)
     "Every feature with mean 0 and deviation 1 over the cells of a photo"
     mean, std = features.mean((1, 2), keepdim=True), features.std((1, 2), keepdim=True)
@@ -90,8 +86,7 @@ class SelfTraining:
 
 # %% ../nbs/25_self_training.ipynb #64873bd5
 @torch.no_grad()
-def view_cells(
-    model:FrozenCAM, # gives the class logits
+def view_cells(model:FrozenCAM, # gives the class logits
     image:'Image.Image', # RGB photo
     classes:np.ndarray, # (k,) class indices of the photo
     other:OtherAffinity=None, # gives features and affinity; None: the CNN does
@@ -116,8 +111,7 @@ def view_cells(
     return dict(maps=maps, features=features, affinity=A*len(A))           # shares that half precision can hold
 
 # %% ../nbs/25_self_training.ipynb #mirrorc02
-def photo_cells(
-    model:FrozenCAM, # gives the class logits
+def photo_cells(model:FrozenCAM, # gives the class logits
     image:'Image.Image', # RGB photo
     classes:np.ndarray, # (k,) class indices of the photo
     other:OtherAffinity=None, # gives features and affinity; None: the CNN does
@@ -133,8 +127,7 @@ def photo_cells(
     return {k: v.cpu().half().numpy() for k,v in known.items()}
 
 # %% ../nbs/25_self_training.ipynb #69277ee1
-def cell_labels(
-    maps:np.ndarray, # (k,h,w) in [0,1] of one photo
+def cell_labels(maps:np.ndarray, # (k,h,w) in [0,1] of one photo
     classes:np.ndarray, # (k,) their class indices
     low:float=.3, # background where no map reaches this
     high:float=.6, # a class from here on
@@ -145,8 +138,7 @@ def cell_labels(
     return np.where(best < low, 0, np.where(best > high, np.asarray(classes)[which]+1, -100))
 
 # %% ../nbs/25_self_training.ipynb #df9578f3
-def train_cells(
-    read:object, # position -> features (D,h,w), labels (h,w)
+def train_cells(read:object, # position -> features (D,h,w), labels (h,w)
     n:int, # photos
     C:int, # foreground classes
     how:SelfTraining=SelfTraining(), # epochs, lr, weight_decay, seed
@@ -180,8 +172,7 @@ def train_cells(
     return layer.requires_grad_(False)
 
 # %% ../nbs/25_self_training.ipynb #db26edfc
-def cell_probs(
-    layer:nn.Module, # from `train_cells`
+def cell_probs(layer:nn.Module, # from `train_cells`
     features:np.ndarray, # (D,h,w)
     classes:np.ndarray, # (k,) class indices of the photo
 ) -> torch.Tensor: # (k,h,w)
@@ -191,8 +182,7 @@ def cell_probs(
     return p[torch.as_tensor(np.asarray(classes)+1, dtype=torch.long)].unflatten(1, f.shape[1:])
 
 # %% ../nbs/25_self_training.ipynb #4e6a396b
-def self_training_settings(
-    model:FrozenCAM, # gives the class logits
+def self_training_settings(model:FrozenCAM, # gives the class logits
     ds:'Dataset', # photos
     other:OtherAffinity, # gives features and affinity, or None
     how:SelfTraining, # the rest
@@ -205,8 +195,7 @@ def self_training_settings(
                 classes=list(ds.classes), model=weights_digest(model))
 
 # %% ../nbs/25_self_training.ipynb #2589a1d3
-def self_trained_seeds(
-    model:FrozenCAM, # run of `train_frozen`, moved to the device
+def self_trained_seeds(model:FrozenCAM, # run of `train_frozen`, moved to the device
     ds:'Dataset', # photos and their labels
     out:str|Path, # folder of seed files
     other:OtherAffinity=None, # a pretrained transformer for features and affinity; None: the CNN of `model` alone

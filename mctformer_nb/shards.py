@@ -54,8 +54,7 @@ class Shards:
 
 # %% ../nbs/81_shards.ipynb #9487d8fd
 @contextmanager
-def claim(
-    folder:str|Path, # of the results
+def claim(folder:str|Path, # of the results
     k:int, # number of the shard
 ): # yields whether this process has it
     "Hold a shard while the block runs, if nobody else does"
@@ -69,8 +68,7 @@ def claim(
         with suppress(OSError): mark.rmdir()                                   # after an error `folder_lock` does it
 
 # %% ../nbs/81_shards.ipynb #a56678a3
-def do_shards(
-    n:int, # shards
+def do_shards(n:int, # shards
     done:Callable, # number -> is it done?
     do:Callable, # number -> report
     folder:str|Path, # of the results, where claims are made
@@ -129,8 +127,7 @@ class CountScores:
     def report(self, k): return json.loads(read_arrays(self.path(k), ('report',), 'table of counts')[0].tobytes())
 
 # %% ../nbs/81_shards.ipynb #ec14ed74
-def added_scores(
-    counts:CountScores, # whose files are there
+def added_scores(counts:CountScores, # whose files are there
     shards:Shards, # all of them
 ) -> AttrDict: # what `sweep_threshold` returns
     "Scores of the whole data set from the counts of all shards. Raises `DataError` for one that is missing."
@@ -168,8 +165,7 @@ class InMemory:
     def path(self, id): return id
 
 # %% ../nbs/81_shards.ipynb #d1d3196b
-def seeds_of_shard(
-    net:SeedNet, # ready for work
+def seeds_of_shard(net:SeedNet, # ready for work
     ds:Dataset, # photos of the shard
     places:list, # where the maps go
     k:int=0, # number of the shard
@@ -213,8 +209,7 @@ class SeedWorker:
     "Holds the network of a job and does shards: `worker(k)`"
     def __init__(self,
         job:SeedJob, # what to do
-        overwrite:bool=False, # throw away what is there
-    ):
+        overwrite:bool=False): # throw away what is there
         self.job, self.places, self.held = job, job.places(), ExitStack()
         model = job.run if isinstance(job.run, torch.nn.Module) else load_run(job.run, kind='classifier')[0]
         kinds, some = [job.maps], job.shards.dataset(0)
@@ -230,16 +225,14 @@ class SeedWorker:
     def close(self): self.held.close()
 
 # %% ../nbs/81_shards.ipynb #c0b86dcb
-def shards_done(
-    job:SeedJob, # whose shards
+def shards_done(job:SeedJob, # whose shards
 ) -> list: # numbers of those that have all their files
     "What is there already"
     places = job.places()
     return [k for k in range(len(job.shards)) if all(p.path(k).is_file() for p in places)]
 
 # %% ../nbs/81_shards.ipynb #7ca27991
-def job_report(
-    job:SeedJob, # that has been run
+def job_report(job:SeedJob, # that has been run
     before:list, # shards that were there when it began
     start:float, # when that was
 ) -> AttrDict: # folder; shards, written, skipped, empty: counts; bad [(id, problem)], of all shards; seconds
@@ -252,8 +245,7 @@ def job_report(
                     bad=sorted(tuple(b) for r in told.values() for b in r['bad']), seconds=time.time()-start)
 
 # %% ../nbs/81_shards.ipynb #7b293207
-def run_job(
-    job:SeedJob, # what to do
+def run_job(job:SeedJob, # what to do
     turn:int=None, # where to begin: number of this process among `of`; default its rank
     of:int=None, # processes; default how many there are
     overwrite:bool=False, # throw away what is there

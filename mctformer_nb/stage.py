@@ -37,11 +37,9 @@ class Output:
     def path(self, id): return Path(self.folder)/f'{id}{self.suffix}'
 
 # %% ../nbs/05_stage.ipynb #16ca3f00
-def claim_folder(
-    out:Output, # the folder, and what its files will be
+def claim_folder(out:Output, # the folder, and what its files will be
     ids:list, # images of this run
-    overwrite:bool=False, # throw away the files of these images; under other settings all of them
-):
+    overwrite:bool=False): # throw away the files of these images; under other settings all of them
     "Make a folder ready for files under these settings; `DataError` if it holds those of another run"
     folder, mine = Path(out.folder), [out.path(id) for id in ids]
     note = folder/out.note
@@ -60,8 +58,7 @@ def claim_folder(
     write_json(note, out.settings)
 
 # %% ../nbs/05_stage.ipynb #26fa5b32
-def prefetch(
-    pool:ThreadPoolExecutor, # does the work
+def prefetch(pool:ThreadPoolExecutor, # does the work
     function:Callable, # of one item
     items:Iterable, # read in this thread
     n:int=2, # items ahead
@@ -80,9 +77,7 @@ def cores() -> int:
     return max(1, n//env_int('LOCAL_WORLD_SIZE', 1))         # torchrun tells how many processes share the machine
 
 # %% ../nbs/05_stage.ipynb #acc29a6d
-def follow_parent(
-    parent:int, # process id
-):
+def follow_parent(parent:int): # process id
     "In a new worker: Ctrl-C is the parent's business, and without the parent there is nothing to do"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     def watch():
@@ -92,8 +87,7 @@ def follow_parent(
 
 # %% ../nbs/05_stage.ipynb #3f36c30d
 @contextmanager
-def writers(
-    threads:int=4, # that write
+def writers(threads:int=4, # that write
     processes:int=0, # that write instead; 1: work in this process
 ): # yields submit(function, *args) -> Future
     "Somebody to hand the writing to; at the end of the block nothing is left waiting"
@@ -116,8 +110,7 @@ def writers(
         pool.shutdown(wait=True)
 
 # %% ../nbs/05_stage.ipynb #ee3a246e
-def attempt(
-    function:Callable, # of `args`
+def attempt(function:Callable, # of `args`
     *args, # for it
     errors:tuple=(DataError, torch.OutOfMemoryError), # that concern one image
 ): # its result, or the exception
@@ -126,8 +119,7 @@ def attempt(
     except errors as e: return e
 
 # %% ../nbs/05_stage.ipynb #95168357
-def compute_batch(
-    compute:Callable, # [item] -> [result]
+def compute_batch(compute:Callable, # [item] -> [result]
     items:list, # of images
 ) -> list: # of results, or of the exception of an image
     "`compute(items)`; where the batch does not fit into memory or one image spoils it, one by one"
@@ -152,8 +144,7 @@ class Work:
         return min(cores(), max(1, n//16)) if self.processes is None else min(self.processes, n)
 
 # %% ../nbs/05_stage.ipynb #f6f9b2cd
-def read_batch(
-    read:Callable, # id -> item
+def read_batch(read:Callable, # id -> item
     outs:list, # of Output
     batch:list, # of ids
 ) -> tuple: # {id: numbers of the outputs that lack it}, [(id, item or exception)], the latter empty if nothing lacks
@@ -163,10 +154,8 @@ def read_batch(
     return lacking, [(id, attempt(read, id, errors=Exception)) for id in batch]
 
 # %% ../nbs/05_stage.ipynb #4608c392
-def collect(
-    jobs:deque, # of (report, id, Future)
-    most:int=0, # that may be left
-):
+def collect(jobs:deque, # of (report, id, Future)
+    most:int=0): # that may be left
     "Wait for the oldest jobs and note in their reports how they ended"
     while len(jobs) > most:
         report, id, job = jobs.popleft()
@@ -182,8 +171,7 @@ def collect(
         report.empty += n==0
 
 # %% ../nbs/05_stage.ipynb #1943d2dc
-def run_batches(
-    outs:list, # of Output, claimed
+def run_batches(outs:list, # of Output, claimed
     batches:list, # [[id]], those of this process
     stage:tuple, # read, compute, write as in `run_stage`; a result of compute holds one for each output
     work:Work, # how
@@ -209,8 +197,7 @@ def run_batches(
     return reports
 
 # %% ../nbs/05_stage.ipynb #78141968
-def run_stage(
-    outs:Output|list, # folder to fill, or several that are filled from one pass
+def run_stage(outs:Output|list, # folder to fill, or several that are filled from one pass
     ids:list, # images
     read:Callable, # id -> item; called by threads, ahead of time
     write:Callable, # (path, result) -> number of classes in the file, or None; called by threads or processes

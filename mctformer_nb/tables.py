@@ -40,16 +40,15 @@ def hardware() -> str: # GPU name where torch is loaded and has one, else CPU mo
 FIELDS = 'table row value metric dataset commit seed hardware command date'.split()
 
 # %% ../nbs/50_tables.ipynb #7b32f6f9
-def new_record(
-    table:int|str,           # number of the paper's table, or a name
-    row:str,                 # the paper's name of the row where there is one, see `PAPER`
-    value:float,             # the number; scores in percent
-    metric:str='mIoU',       # what it measures, the name of the column in `PAPER`
-    dataset:str='',          # data set and split it was measured on
-    seed:int|None=0,         # random seed of the run, None where chance plays no part
-    command:str|None=None,   # command that makes the number again, default this program's command line
-    **extra,                 # commit, hardware, date (default: now and here), and more entries, such as epochs
-) -> dict:                   # a record with all of `FIELDS`
+def new_record(table:int|str, # number of the paper's table, or a name
+    row:str, # the paper's name of the row where there is one, see `PAPER`
+    value:float, # the number; scores in percent
+    metric:str='mIoU', # what it measures, the name of the column in `PAPER`
+    dataset:str='', # data set and split it was measured on
+    seed:int|None=0, # random seed of the run, None where chance plays no part
+    command:str|None=None, # command that makes the number again, default this program's command line
+    **extra, # commit, hardware, date (default: now and here), and more entries, such as epochs
+) -> dict: # a record with all of `FIELDS`
     "A measured number and where it comes from; `DataError` for what is not a finite number"
     try: value = float(value)
     except (TypeError, ValueError): value = float('nan')
@@ -62,10 +61,9 @@ def new_record(
                 date=given.pop('date', None) or datetime.date.today().isoformat(), **given)
 
 # %% ../nbs/50_tables.ipynb #6c23c6ef
-def save_records(
-    path:str|Path,    # JSON file, made if it is missing
-    records:list,     # records to add; one with the same table, row, metric, dataset and seed is replaced
-) -> list:            # all records now in the file
+def save_records(path:str|Path, # JSON file, made if it is missing
+    records:list, # records to add; one with the same table, row, metric, dataset and seed is replaced
+) -> list: # all records now in the file
     "Add records to a file, atomically"
     def key(r): return tuple(str(r.get(k)) for k in ('table','row','metric','dataset','seed'))
     old = load_records(path) if Path(path).exists() else []
@@ -74,9 +72,8 @@ def save_records(
     return kept
 
 # %% ../nbs/50_tables.ipynb #09c579bb
-def load_records(
-    folder:str|Path='results', # folder of JSON files, or one file
-) -> list:                     # all records, files in order of their names
+def load_records(folder:str|Path='results', # folder of JSON files, or one file
+) -> list: # all records, files in order of their names
     "Read records; `DataError` names the file that holds something else"
     folder, found = Path(folder), []
     need(folder.exists(), folder, 'no such folder', 'Give the folder with the result files')
@@ -93,9 +90,8 @@ def load_records(
     return found
 
 # %% ../nbs/50_tables.ipynb #b524b369
-def summarise(
-    records:list, # records, any mixture
-) -> list:        # dicts table, row, metric, dataset, mean, std (None for one run), n, seeds
+def summarise(records:list, # records, any mixture
+) -> list: # dicts table, row, metric, dataset, mean, std (None for one run), n, seeds
     "Mean and standard deviation over seeds of each (table, row, metric, dataset), in the order of appearance"
     names, groups = ('table', 'row', 'metric', 'dataset'), {}
     for r in records: groups.setdefault((str(r['table']), r['row'], r['metric'], r['dataset']), []).append(r)
@@ -197,9 +193,9 @@ LATER = [dict(method=m, metric=metric, value=v, source=s) for m,s,values in (
 class Table:
     "A small table: `str` is Markdown"
     def __init__(self,
-        head:list,        # names of the columns
-        rows:list,        # lists of cells (text)
-        caption:str='',   # a line above
+        head:list, # names of the columns
+        rows:list, # lists of cells (text)
+        caption:str='', # a line above
     ): self.head, self.rows, self.caption = head, rows, caption
     def __str__(self):
         def line(cells): return '| ' + ' | '.join(str(c).replace('|', '\\|').replace('*', '\\*') for c in cells) + ' |'
@@ -225,12 +221,11 @@ def _columns(paper, sets, many, ours):
     return found
 
 # %% ../nbs/50_tables.ipynb #952bc484
-def compare_table(
-    n:int|str,                # 1-7, a table of the paper
+def compare_table(n:int|str, # 1-7, a table of the paper
     dataset:str|list|None=None, # of our records, as they name it; a list: a column for each; None: the paper's own
-    records:list|None=None,   # default `load_records()` from ./results
-    digits:int=1,             # decimals, the paper prints one
-) -> Table:                   # paper and ours side by side; prints as Markdown
+    records:list|None=None, # default `load_records()` from ./results
+    digits:int=1, # decimals, the paper prints one
+) -> Table: # paper and ours side by side; prints as Markdown
     "The paper's rows with ours beside them, joined by the name of the row; `DataError` for a table that is not there"
     need(str(n) in PAPER, f'table {n}', 'the paper has Tables 1-7', 'Give one of these numbers')
     paper, many = PAPER[str(n)], isinstance(dataset, (list, tuple))
@@ -252,13 +247,12 @@ def compare_table(
     return Table(head, rows, f'Table {n}. {paper["title"]}. Paper: {paper["dataset"]}.{where}')
 
 # %% ../nbs/50_tables.ipynb #091e09bf
-def check_order(
-    records:list,         # records, any mixture
-    n:int|str,            # table they belong to
-    pairs:list,           # (row that should be worse, row that should be better)
-    dataset:str,          # data set of the records
-    metric:str='mIoU',    # their metric
-) -> list:                # dicts worse, better, paper, ours (mean differences), holds (ours > 0?), seeds, of how many
+def check_order(records:list, # records, any mixture
+    n:int|str, # table they belong to
+    pairs:list, # (row that should be worse, row that should be better)
+    dataset:str, # data set of the records
+    metric:str='mIoU', # their metric
+) -> list: # dicts worse, better, paper, ours (mean differences), holds (ours > 0?), seeds, of how many
     "Is the second row of each pair better than the first? Only seeds that have both count; `DataError` if none has"
     wanted = str(n), dataset, metric
     found = {(r['row'], r['seed']): r['value'] for r in records if (str(r['table']), r['dataset'], r['metric'])==wanted}
@@ -273,10 +267,9 @@ def check_order(
     return [one(a, b) for a,b in pairs]
 
 # %% ../nbs/50_tables.ipynb #52e1e15e
-def order_table(
-    claims:list,        # of `check_order`
-    caption:str='',     # a line above
-) -> Table:             # one row a claim
+def order_table(claims:list, # of `check_order`
+    caption:str='', # a line above
+) -> Table: # one row a claim
     "Claims with the paper's difference, ours, and the number of seeds in which they hold"
     def gap(x): return '-' if x is None else f'{x:+.1f}'
     def row(c):

@@ -17,8 +17,7 @@ from .pick import find_doubts
 from .scores import confusion, iou_fp_fn
 
 # %% ../nbs/72_to_fiftyone.ipynb #ac2e2921
-def photo_fields(
-    ds:Dataset, # photos
+def photo_fields(ds:Dataset, # photos
     id:str, # of the photo
     masks:Path, # folder of `<id>.png`
     seeds:Path=None, # folder of `<id>.npz`
@@ -35,8 +34,7 @@ def photo_fields(
     return out
 
 # %% ../nbs/72_to_fiftyone.ipynb #047969f5
-def photo_miou(
-    ds:Dataset, # with true masks of some photos
+def photo_miou(ds:Dataset, # with true masks of some photos
     id:str, # of the photo
     mask:np.ndarray, # uint8 (H,W): its pseudo mask; 255 counts as background
 ) -> float|None: # percent; None without a true mask
@@ -46,8 +44,7 @@ def photo_miou(
     return float(iou_fp_fn(confusion(np.where(mask==255, 0, mask), true, len(ds.classes)+1))['miou'])
 
 # %% ../nbs/72_to_fiftyone.ipynb #575a67d7
-def to_fiftyone(
-    ds:Dataset, # photos in files
+def to_fiftyone(ds:Dataset, # photos in files
     masks:str|Path, # folder of pseudo masks
     seeds:str|Path=None, # folder of seeds, for heat maps and doubts
     name:str='mctformer_nb', # of the dataset; one of that name is replaced
@@ -68,8 +65,7 @@ def to_fiftyone(
     return made
 
 # %% ../nbs/72_to_fiftyone.ipynb #ae2f9b6a
-def write_fiftyone(
-    masks:str|Path, # folder of `<id>.png`; seeds/ beside it is taken too
+def write_fiftyone(masks:str|Path, # folder of `<id>.png`; seeds/ beside it is taken too
     ds:Dataset, # photos that have a mask there
     out:str|Path, # its last part names the dataset
 ) -> str: # name of the dataset

@@ -30,16 +30,14 @@ from .training_files import check_valid, data_fingerprint, labelled_photos
 from .views import InputSpec, input_spec
 
 # %% ../nbs/12_train.ipynb #a193c3cd
-def mct_loss(
-    out:tuple, # MCTOutput, logits (B,C) of class tokens and of patches (None for V1)
+def mct_loss(out:tuple, # MCTOutput, logits (B,C) of class tokens and of patches (None for V1)
     targets:torch.Tensor, # (B,C) multi-hot
 )->torch.Tensor: # scalar
     "Multi-label soft margin loss of every set of logits, summed (Eq. 5)"
     return sum(F.multilabel_soft_margin_loss(logits.float(), targets) for logits in out if logits is not None)
 
 # %% ../nbs/12_train.ipynb #738f7dd8
-def prior_loss(
-    targets:np.ndarray, # (n,C) multi-hot labels of a data set
+def prior_loss(targets:np.ndarray, # (n,C) multi-hot labels of a data set
     variant:str='v2', # 'v1' has one loss, 'v2' and 'plus' the sum of two
 )->float: # loss of the best constant logits
     "What `mct_loss` would be for logits that do not depend on the image"
@@ -67,8 +65,7 @@ def make_transform(
     return recipes[aug]()
 
 # %% ../nbs/12_train.ipynb #7d64b8e1
-def shrink(
-    image:Image.Image, # photo
+def shrink(image:Image.Image, # photo
     side:int, # pixels
 ) -> Image.Image:
     "The photo with its shorter side at most `side` pixels"
@@ -83,8 +80,7 @@ class Photos(EpochSamples):
         tfm:callable, # from `make_transform`
         seed:int=0, # of the augmentation
         on_bad:str='raise', # unreadable photo: 'raise' or 'skip'
-        cache:int=0, # keep decoded photos in memory, shorter side at most this many pixels; 0 does not
-    ):
+        cache:int=0): # keep decoded photos in memory, shorter side at most this many pixels; 0 does not
         super().__init__(seed, on_bad, cache)
         self.at, y = labelled_photos(ds)
         self.ds, self.tfm, self.y, self.unlabelled = ds, tfm, torch.as_tensor(y), len(ds)-len(y)
@@ -107,8 +103,7 @@ class Loading:
     on_bad:str='raise' # unreadable photo: 'raise' or 'skip'
 
 # %% ../nbs/12_train.ipynb #1dd9aa32
-def make_loaders(
-    ds:Dataset, # to train on
+def make_loaders(ds:Dataset, # to train on
     valid:Dataset=None, # for loss and mAP after each epoch
     seed:int=0, # of order and augmentation
     device:str='cpu', # where batches go
@@ -124,8 +119,7 @@ def make_loaders(
     return recipe_loaders(photos(ds, first), seen, how.batch_size, how.workers, seed, device)
 
 # %% ../nbs/12_train.ipynb #98632329
-def average_precision(
-    scores:np.ndarray, # (n,C)
+def average_precision(scores:np.ndarray, # (n,C)
     targets:np.ndarray, # (n,C) multi-hot
 )->np.ndarray: # (C,), NaN for classes without a positive
     "Average precision of each class over images; `np.nanmean` of it is the mAP"
@@ -137,8 +131,7 @@ class MeanAP(Metric):
     "mAP in % of the class-token logits ('cls') or the patch logits ('patch'); NaN without data"
     shared = 'scores', 'targets'
     def __init__(self,
-        field:str='cls', # field of `MCTOutput`
-    ):
+        field:str='cls'): # field of `MCTOutput`
         self.field = field
         self.reset()
     def reset(self): self.scores, self.targets = [], []
@@ -153,8 +146,7 @@ class MeanAP(Metric):
     def name(self): return f'map_{self.field}'
 
 # %% ../nbs/12_train.ipynb #f05eada0
-def one_pass_adamw(
-    groups:list, # from `param_groups`
+def one_pass_adamw(groups:list, # from `param_groups`
     lr:float, # learning rate
 ) -> torch.optim.AdamW:
     "AdamW, fused where the weights are on a CPU (on a GPU torch chooses)"
@@ -162,8 +154,7 @@ def one_pass_adamw(
     return torch.optim.AdamW(groups, lr=lr, fused=True if cpu else None)
 
 # %% ../nbs/12_train.ipynb #0dababb9
-def make_learner(
-    dls:DataLoaders, # from `make_loaders`
+def make_learner(dls:DataLoaders, # from `make_loaders`
     model:torch.nn.Module, # from `build_model`, moved to the device of `dls`
     lr:float=None, # default 5e-4 * batch size / 512 (reference)
     weight_decay:float=.05, # reference
@@ -192,8 +183,7 @@ class ModelOptions:
     drop_path:float=.1 # reference recipe
 
 # %% ../nbs/12_train.ipynb #2baa6970
-def training_options(
-    options:dict, # by name
+def training_options(options:dict, # by name
 ) -> tuple: # those of the loaders, the learner, the model (and timm); and all of them, with defaults, as plain values
     "Options by the part that takes them. Raises `DataError` for one that nobody knows."
     receivers = Loading, make_learner, CosineSchedule, ModelOptions
@@ -205,8 +195,7 @@ def training_options(
     return load, fit | rate, model | timm_args, settings
 
 # %% ../nbs/12_train.ipynb #04bfc88d
-def training_summary(
-    dls:DataLoaders, # from `make_loaders`
+def training_summary(dls:DataLoaders, # from `make_loaders`
     model:torch.nn.Module, # any
     data:str, # see `data_fingerprint`
     prior:float, # see `prior_loss`
@@ -217,8 +206,7 @@ def training_summary(
     return '\n'.join([first, *getattr(photos.ds, 'understood', '').splitlines()])
 
 # %% ../nbs/12_train.ipynb #1d62aa8b
-def train_classifier(
-    ds:Dataset, # to train on; only its image-level labels are used
+def train_classifier(ds:Dataset, # to train on; only its image-level labels are used
     valid:Dataset=None, # the same classes, for loss and mAP after each epoch
     out:str|Path='runs/classifier', # run folder
     epochs:int=60, # reference
@@ -243,8 +231,7 @@ def train_classifier(
     return fit_run(out, epochs, settings, make, save_run, config, 'map_cls', seed, prior=prior, about=about, **run)
 
 # %% ../nbs/12_train.ipynb #74c3bd5d
-def show_training_photos(
-    dls:DataLoaders, # from `make_loaders`
+def show_training_photos(dls:DataLoaders, # from `make_loaders`
     n:int=6, # photos
     epoch:int=0, # whose random numbers
     spec:InputSpec=InputSpec(), # of the network, as given to `make_loaders`
@@ -260,13 +247,11 @@ def show_training_photos(
     return fig
 
 # %% ../nbs/12_train.ipynb #98d5110b
-def plot_probabilities(
-    ax:'Axes', # to draw on
+def plot_probabilities(ax:'Axes', # to draw on
     p:np.ndarray, # (C,) probabilities
     names:list, # of the classes
     true:set, # class indices in blue
-    n:int=3, # classes, the most probable first
-):
+    n:int=3): # classes, the most probable first
     "Bars of the most probable classes of a photo"
     best = np.argsort(-p)[:n]
     ax.barh(range(len(best)), p[best], color=['tab:blue' if c in true else 'lightgrey' for c in best])
@@ -276,8 +261,7 @@ def plot_probabilities(
 
 # %% ../nbs/12_train.ipynb #8e6509dd
 @torch.no_grad()
-def show_predictions(
-    model:torch.nn.Module, # trained
+def show_predictions(model:torch.nn.Module, # trained
     ds:Dataset, # photos to look at
     items:list=None, # positions, default the first ones
     n:int=6, # photos, if `items` is not given

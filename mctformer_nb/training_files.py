@@ -19,8 +19,7 @@ from .datasets import Dataset
 from .photos import read_mask_file
 
 # %% ../nbs/04a_training_files.ipynb #trnfil06
-def data_fingerprint(
-    ds:Dataset, # or anything with name, split, ids, classes and targets()
+def data_fingerprint(ds:Dataset, # or anything with name, split, ids, classes and targets()
 ) -> str: # one line
     "What identifies training data: its name and a digest of ids and labels"
     ids, labels = '\n'.join(map(str, ds.ids)), np.asarray(ds.targets(), np.uint8)
@@ -28,8 +27,7 @@ def data_fingerprint(
     return f'{ds.name} {ds.split}: {len(ds)} images, {len(ds.classes)} classes, {digest}'
 
 # %% ../nbs/04a_training_files.ipynb #44006571
-def labelled_photos(
-    ds:Dataset, # photos and labels
+def labelled_photos(ds:Dataset, # photos and labels
 ) -> tuple: # positions of the photos whose labels are known, and their labels (n,C), float32 multi-hot
     "What can be trained on; a label that says 'none of the classes' is known too. `DataError` if all photos lack one"
     y = np.asarray(ds.targets(), np.float32)
@@ -40,26 +38,22 @@ def labelled_photos(
     return known, y[known]
 
 # %% ../nbs/04a_training_files.ipynb #d80787db
-def check_valid(
-    ds:Dataset, # to train on
-    valid:Dataset|None, # to validate on
-):
+def check_valid(ds:Dataset, # to train on
+    valid:Dataset|None): # to validate on
     "`DataError` unless both have the same classes"
     same = valid is None or list(valid.classes)==list(ds.classes)
     need(same, valid and f'{valid.name} ({valid.split})', 'its classes are not those of the training data',
          'Use splits of one data set')
 
 # %% ../nbs/04a_training_files.ipynb #ec0f513e
-def first_few(
-    names:list, # of text
+def first_few(names:list, # of text
     n:int=5, # at most
 ) -> str:
     "The first names, and dots where there are more"
     return ', '.join(names[:n]) + ' ...'*(len(names)>n)
 
 # %% ../nbs/04a_training_files.ipynb #trnfil09
-def find_label_files(
-    folder:str|Path, # of label files
+def find_label_files(folder:str|Path, # of label files
     ds:Dataset, # their photos
 ) -> tuple: # {id: label file} in the order of `ds`, and the ids without one
     "The label files of a data set. Raises `DataError` if there is none."
@@ -71,8 +65,7 @@ def find_label_files(
     return files, [id for id in ds.ids if id not in files]
 
 # %% ../nbs/04a_training_files.ipynb #trnfil12
-def read_photo_label(
-    ds:Dataset, # photos
+def read_photo_label(ds:Dataset, # photos
     id:str, # of the photo
     file:Path, # its label file
 ) -> tuple: # RGB photo, classes (k,), low and high float16 (k+1,H,W)
@@ -85,8 +78,7 @@ def read_photo_label(
     return image, classes, low, high
 
 # %% ../nbs/04a_training_files.ipynb #trnfil15
-def labels_fingerprint(
-    folder:str|Path, # of label files
+def labels_fingerprint(folder:str|Path, # of label files
     files:dict, # {id: label file}
 ) -> str: # one line
     "What identifies a set of label files"
@@ -96,8 +88,7 @@ def labels_fingerprint(
     return f"{len(files)} files, {hashlib.sha1(chr(10).join(rows).encode()).hexdigest()[:12]}"
 
 # %% ../nbs/04a_training_files.ipynb #trnfil18
-def mask_file(
-    ds:Dataset, # photos
+def mask_file(ds:Dataset, # photos
     masks:str|Path|None, # folder of `<id>.png`; None or 'ground truth': the masks of `ds`
     id:str, # of the photo
 ) -> Path|None: # None where `ds` has its masks from elsewhere than one file each
@@ -108,8 +99,7 @@ def mask_file(
     return (files or {}).get(id, Path(args[0])/f'{id}.png') if one_each else None
 
 # %% ../nbs/04a_training_files.ipynb #trnfil20
-def find_masks(
-    ds:Dataset, # photos
+def find_masks(ds:Dataset, # photos
     masks:str|Path=None, # folder of `<id>.png`; None or 'ground truth': the masks of `ds`
 ) -> tuple: # ids that have a mask, ids that have none
     "Split the photos by whether they have a mask. Raises `DataError` if none has."
@@ -126,8 +116,7 @@ def find_masks(
     return have, sorted(set(ds.ids)-set(have))
 
 # %% ../nbs/04a_training_files.ipynb #trnfil23
-def read_photo_mask(
-    ds:Dataset, # photos
+def read_photo_mask(ds:Dataset, # photos
     masks:str|Path|None, # see `find_masks`
     id:str, # of the photo
 ) -> tuple[Image.Image, np.ndarray]: # RGB photo, mask uint8 (H,W)
@@ -139,8 +128,7 @@ def read_photo_mask(
     return image, mask
 
 # %% ../nbs/04a_training_files.ipynb #trnfil26
-def masks_fingerprint(
-    ds:Dataset, # photos
+def masks_fingerprint(ds:Dataset, # photos
     masks:str|Path=None, # see `find_masks`
 ) -> str: # one line
     "What identifies the training data: its name, digests of ids and labels, and of the mask files"
@@ -150,8 +138,7 @@ def masks_fingerprint(
     return f'{data_fingerprint(ds.subset(ids))}, masks {digest.hexdigest()[:12] if any(files) else "of the data set"}'
 
 # %% ../nbs/04a_training_files.ipynb #trnfil29
-def look_at_masks(
-    ds:Dataset, # photos, of which some have a mask
+def look_at_masks(ds:Dataset, # photos, of which some have a mask
     masks:str|Path=None, # see `find_masks`
     on_bad:str='raise', # unreadable mask: 'raise' or 'skip'
     n:int=200, # most masks to look at

@@ -47,8 +47,7 @@ def input_spec(
                      how if how in ('bicubic', 'bilinear') else 'bicubic')
 
 # %% ../nbs/06_views.ipynb #b7aa4090
-def view_size(
-    size:tuple, # (W,H) of the photo
+def view_size(size:tuple, # (W,H) of the photo
     patch:int, # patch size
     side:float=None, # shorter side in pixels, default the photo's own
 ) -> tuple[int,int]: # (h,w) in pixels: whole patches, at least one
@@ -57,16 +56,14 @@ def view_size(
     return tuple(max(patch, round(s*f/patch)*patch) for s in size[::-1])           # (W,H) -> (h,w)
 
 # %% ../nbs/06_views.ipynb #fb00c763
-def rgb_tensor(
-    image:Image.Image, # photo
+def rgb_tensor(image:Image.Image, # photo
 ) -> Tensor: # float32 (3,H,W) in [0,1]
     "The pixels of a photo"
     a = np.array(image.convert('RGB'))                                             # (H,W,3)
     return torch.from_numpy(a).permute(2, 0, 1).float()/255                        # -> (3,H,W)
 
 # %% ../nbs/06_views.ipynb #3a546f81
-def to_input(
-    image:Image.Image, # RGB photo
+def to_input(image:Image.Image, # RGB photo
     patch:int, # patch size; both sides become multiples of it
     size:float=None, # shorter side in pixels, default the photo's own
     spec:InputSpec=InputSpec(), # what the network expects, see `input_spec`
@@ -77,8 +74,7 @@ def to_input(
     return spec.normalise(rgb_tensor(resized))[None]
 
 # %% ../nbs/06_views.ipynb #5ca12afb
-def square_input(
-    image:Image.Image, # RGB photo
+def square_input(image:Image.Image, # RGB photo
     side:int, # pixels
     spec:InputSpec=InputSpec(), # what the network expects, see `input_spec`
 ) -> Tensor: # (1,3,side,side), normalised
@@ -116,8 +112,7 @@ class Views:
 REFERENCE_VIEWS = dict(scales=(1.,), flip=True, image_size=None, longest=None, fit='cut') # of the published V1 and V2
 
 # %% ../nbs/06_views.ipynb #fc5b4ffa
-def view_sizes(
-    size:tuple, # (W,H) of the photo
+def view_sizes(size:tuple, # (W,H) of the photo
     patch:int, # patch size
     views:Views=Views(), # which
 ) -> tuple: # ((h,w), ...) one a scale
@@ -129,8 +124,7 @@ def view_sizes(
     return tuple((whole(size[1], side), whole(size[0], side)) for side in sides)
 
 # %% ../nbs/06_views.ipynb #0d44f207
-def photo_views(
-    image:Image.Image, # RGB photo
+def photo_views(image:Image.Image, # RGB photo
     patch:int, # patch size
     views:Views=Views(), # which
     spec:InputSpec=InputSpec(), # what the network expects
@@ -150,8 +144,7 @@ def photo_views(
     return out
 
 # %% ../nbs/06_views.ipynb #d44f2e45
-def plan_batches(
-    ds:'Dataset', # photos
+def plan_batches(ds:'Dataset', # photos
     patch:int, # patch size of the model
     views:Views=Views(), # what it sees of a photo
     batch_size:int=8, # photos a batch

@@ -25,8 +25,7 @@ from .runs import read_state_dict, strip_prefix
 from .views import InputSpec, input_spec
 
 # %% ../nbs/10_vit.ipynb #1f5e0b3c
-def vit_problems(
-    vit:nn.Module, # any model
+def vit_problems(vit:nn.Module, # any model
 ) -> list: # of reasons, in words; empty if it will do
     "What stops `vit` from being the backbone of an MCTformer."
     if getattr(vit, 'rope', None) is not None:
@@ -45,8 +44,7 @@ def vit_problems(
         *(f'its attention is {kind}, not Attention' for kind in others(attns, Attention))]
 
 # %% ../nbs/10_vit.ipynb #d137b470
-def check_vit(
-    vit:nn.Module, # any model
+def check_vit(vit:nn.Module, # any model
     name:str='', # its name, for the message
 ) -> VisionTransformer: # the same model
     "Return `vit` if MCTformer can be built on it, else raise a `DataError` that names all reasons."
@@ -56,8 +54,7 @@ def check_vit(
     return vit
 
 # %% ../nbs/10_vit.ipynb #c9032cc4
-def backbone_spec(
-    net:nn.Module, # of timm or of this package
+def backbone_spec(net:nn.Module, # of timm or of this package
 ) -> InputSpec:
     "What a backbone expects of a photo: its own `input_spec`, else what timm notes with weights, else ImageNet's."
     cfg = getattr(net, 'pretrained_cfg', None) or {}
@@ -65,8 +62,7 @@ def backbone_spec(
     return input_spec(net if known else {})
 
 # %% ../nbs/10_vit.ipynb #4edca24a
-def load_vit(
-    vit:VisionTransformer, # changed in place
+def load_vit(vit:VisionTransformer, # changed in place
     path:str|Path, # weight file, see `read_state_dict`; for a hybrid, of the whole model or of its CNN
 ) -> VisionTransformer: # the same model
     "Load backbone weights from a file. Raises `DataError` naming missing keys or wrong shapes."
@@ -86,8 +82,7 @@ def load_vit(
 
 # %% ../nbs/10_vit.ipynb #3d29934b
 @contextmanager
-def capture_qk(
-    blocks:nn.Sequential, # the model's transformer blocks (timm `Block`)
+def capture_qk(blocks:nn.Sequential, # the model's transformer blocks (timm `Block`)
     which:list=None, # indices of the blocks to watch, default all
 ): # yields {block: {'q': (B,H,N,d), 'k': (B,H,N,d)}}, filled by the next forward pass
     "Queries and keys of the chosen blocks, read where timm hands them over, at `attn.q_norm` and `attn.k_norm`."
@@ -101,8 +96,7 @@ def capture_qk(
         for h in handles: h.remove()
 
 # %% ../nbs/10_vit.ipynb #2b0735aa
-def split_product(
-    target:torch.Tensor, # (D,D) wanted product
+def split_product(target:torch.Tensor, # (D,D) wanted product
     rank:int, # width of the factors
 ) -> tuple: # left (rank,D), right (rank,D); left.T @ right is the best approximation of `target` of that rank
     "Two factors of a matrix from its SVD, the singular values shared evenly."
@@ -112,8 +106,7 @@ def split_product(
 
 # %% ../nbs/10_vit.ipynb #7490e929
 @torch.no_grad()
-def mimetic_init(
-    vit:VisionTransformer, # changed in place
+def mimetic_init(vit:VisionTransformer, # changed in place
     qk:tuple=(.7, .7), # (noise alpha_1, identity beta_1) of the query-key product; Trockman and Kolter 2023
     vo:tuple=(.4, .4), # (noise alpha_2, minus identity beta_2) of the value-output product
     pos_scale:float=1., # amplitude of the sinusoidal position rows; 0 keeps the rows as they are
@@ -136,15 +129,13 @@ def mimetic_init(
     return vit
 
 # %% ../nbs/10_vit.ipynb #1d60ada1
-def freeze_bn(
-    model:nn.Module, # changed in place
+def freeze_bn(model:nn.Module, # changed in place
 ) -> nn.Module: # the model, or its frozen replacement if it is itself a BatchNorm
     "Replace every BatchNorm by one whose statistics, weight and bias never change, also after `model.train()`."
     return freeze_batch_norm_2d(model)
 
 # %% ../nbs/10_vit.ipynb #66f41ec9
-def tiny_vit(
-    img_size:int=96, # native size, pixels; sets the number of position rows
+def tiny_vit(img_size:int=96, # native size, pixels; sets the number of position rows
     embed_dim:int=128, # D
     depth:int=6, # L
     num_heads:int=4, # H
@@ -163,8 +154,7 @@ HUB_ARGS = 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir' # what timm h
 
 # %% ../nbs/10_vit.ipynb #84599735
 @register_model
-def mct_tiny_patch8_96(
-    pretrained:bool=False, # load the embedded weights
+def mct_tiny_patch8_96(pretrained:bool=False, # load the embedded weights
     **kwargs, # of `tiny_vit`; what timm's registry adds is not for it
 ) -> VisionTransformer:
     "The embedded tiny ViT: 96 pixels, patches of 8."
@@ -173,8 +163,7 @@ def mct_tiny_patch8_96(
     return vit
 
 # %% ../nbs/10_vit.ipynb #bc5b0c98
-def hybrid_vit(
-    cnn:str, # timm name of an EfficientNet-Lite0
+def hybrid_vit(cnn:str, # timm name of an EfficientNet-Lite0
     pretrained:bool=False, # CNN part from timm's hub (ImageNet-1k)
     cnn_weights:str|Path=None, # or from a file with timm's weights for `cnn`
     img_size:int=224, # native size, pixels
@@ -194,8 +183,7 @@ def hybrid_vit(
 
 # %% ../nbs/10_vit.ipynb #73d1d8b3
 @register_model
-def mct_hybrid_efficientnet_lite0(
-    pretrained:bool=False, # CNN part from timm's hub: efficientnet_lite0.ra_in1k
+def mct_hybrid_efficientnet_lite0(pretrained:bool=False, # CNN part from timm's hub: efficientnet_lite0.ra_in1k
     **kwargs, # of `hybrid_vit`
 ) -> VisionTransformer:
     "`hybrid_vit` on timm's own EfficientNet-Lite0."
@@ -203,16 +191,14 @@ def mct_hybrid_efficientnet_lite0(
 
 # %% ../nbs/10_vit.ipynb #8e8b545e
 @register_model
-def mct_hybrid_tf_efficientnet_lite0(
-    pretrained:bool=False, # CNN part from timm's hub: tf_efficientnet_lite0.in1k
+def mct_hybrid_tf_efficientnet_lite0(pretrained:bool=False, # CNN part from timm's hub: tf_efficientnet_lite0.in1k
     **kwargs, # of `hybrid_vit`
 ) -> VisionTransformer:
     "`hybrid_vit` on TensorFlow's EfficientNet-Lite0: 'same' padding, mean and standard deviation 0.5."
     return hybrid_vit('tf_efficientnet_lite0', pretrained, **kwargs)
 
 # %% ../nbs/10_vit.ipynb #6a6f0d21
-def resize_pos(
-    pos:torch.Tensor, # (1,M,D) position rows of the patches
+def resize_pos(pos:torch.Tensor, # (1,M,D) position rows of the patches
     to:tuple, # (h,w) wanted grid
     grid:tuple=None, # (h0,w0) grid of `pos`, default square
     rule:str='size', # 'size': to that size (MCTformer+); 'reference': by the factor of the published V1 and V2
@@ -230,24 +216,21 @@ def resize_pos(
 OWN_BACKBONES = dict(mct_resnet38='mctformer_nb.resnet38') # name -> module that registers it, if not this one
 
 # %% ../nbs/10_vit.ipynb #38577943
-def known_backbone(
-    name:str, # of a model
+def known_backbone(name:str, # of a model
 ) -> bool: # does timm or this package have it?
     "Is `name` a model? Registers those of this package."
     if name in OWN_BACKBONES and not timm.is_model(name): importlib.import_module(OWN_BACKBONES[name])
     return ':' in name or timm.is_model(name)                     # 'hf-hub:...' is asked about when it is built
 
 # %% ../nbs/10_vit.ipynb #2d071d6c
-def is_vit(
-    name:str, # of a model
+def is_vit(name:str, # of a model
 ) -> bool:
     "Is `name` a transformer of the kind that `check_vit` may take? Others are CNNs or have their own way of attention."
     own = name.startswith('mct_') and name not in OWN_BACKBONES and timm.is_model(name)
     return own or is_model_in_modules(name, ('vision_transformer', 'vision_transformer_hybrid', 'deit'))
 
 # %% ../nbs/10_vit.ipynb #b72a6310
-def similar_backbones(
-    name:str, # misspelt
+def similar_backbones(name:str, # misspelt
     n:int=3, # how many
 ) -> list: # of names, nearest first
     "Names like `name` of models on which an MCTformer can be built."
@@ -256,8 +239,7 @@ def similar_backbones(
     with torch.device('meta'): return [m for m in near if good(m)][:n]       # shapes only
 
 # %% ../nbs/10_vit.ipynb #fc7122d8
-def create_backbone(
-    name:str, # of timm or of this package
+def create_backbone(name:str, # of timm or of this package
     pretrained:bool|str|Path=False, # True: weights of timm's hub; a path: of that file
     **kwargs, # for timm.create_model
 ) -> nn.Module:
@@ -279,8 +261,7 @@ def create_backbone(
         raise DataError(f'backbone {name}', f'{problem} ({type(e).__name__}: {str(e)[:200]})', fix) from e
 
 # %% ../nbs/10_vit.ipynb #094dd5e8
-def create_from_file(
-    name:str, # of timm or of this package
+def create_from_file(name:str, # of timm or of this package
     path:str|Path, # weight file
     **kwargs, # for timm.create_model
 ) -> nn.Module:
@@ -301,8 +282,7 @@ def create_from_file(
     return net
 
 # %% ../nbs/10_vit.ipynb #dc51ec0c
-def build_vit(
-    backbone:str|VisionTransformer='deit_small_patch16_224', # timm model name, or a VisionTransformer
+def build_vit(backbone:str|VisionTransformer='deit_small_patch16_224', # timm model name, or a VisionTransformer
     pretrained:bool|str|Path=False, # True: weights of timm's hub; a path: weights of that file, see `load_vit`
     drop_path:float=.1, # stochastic depth of the last block, rising linearly from 0; a given instance keeps its own
     **kwargs, # for timm.create_model, e.g. img_size

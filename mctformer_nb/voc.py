@@ -17,8 +17,7 @@ from .labels import class_index
 from .photos import PHOTO_SUFFIXES, noted, safe_name, with_any_suffix
 
 # %% ../nbs/01d_voc.ipynb #894d4357
-def read_annotation(
-    path:str|Path, # XML file of the devkit
+def read_annotation(path:str|Path, # XML file of the devkit
 )->list: # names of the objects
     "Names of the objects in an annotation; `DataError` for anything but the devkit's plain XML"
     need(Path(path).is_file(), path, f'there is no such file, so {Path(path).stem} has no labels',
@@ -31,8 +30,7 @@ def read_annotation(
         raise DataError(path, f'is not valid XML ({e})', 'Copy the file from the devkit again') from None
 
 # %% ../nbs/01d_voc.ipynb #d5b9ab9b
-def annotated_labels(
-    folder:Path, # `Annotations`
+def annotated_labels(folder:Path, # `Annotations`
     classes:list, # names
     source:object, # where they are listed, for messages
     id:str, # which image
@@ -42,8 +40,7 @@ def annotated_labels(
     return [class_index(n, classes, path, source) for n in read_annotation(path)]
 
 # %% ../nbs/01d_voc.ipynb #18f92f41
-def find_voc(
-    path:str|Path, # folder VOC2012, or one around it
+def find_voc(path:str|Path, # folder VOC2012, or one around it
 )->Path: # the folder VOC2012
     "The devkit at or below `path`; `DataError` if there is none"
     path = Path(path).expanduser()
@@ -53,8 +50,7 @@ def find_voc(
     raise DataError(path, problem, 'Give the folder VOC2012 of the devkit; mct_prepare_voc PATH --download fetches it')
 
 # %% ../nbs/01d_voc.ipynb #7d892a7d
-def read_voc_list(
-    root:Path, # folder VOC2012
+def read_voc_list(root:Path, # folder VOC2012
     split:str, # name of a list
     bad:list=None, # for lines that cannot be used, see `noted`
 )->list: # ids
@@ -68,16 +64,14 @@ def read_voc_list(
     return list(dict.fromkeys(PurePosixPath(n).stem if n.lower().endswith(tuple(PHOTO_SUFFIXES)) else n for n in names))
 
 # %% ../nbs/01d_voc.ipynb #94d2423b
-def masks_outside_val(
-    root:Path, # folder VOC2012
+def masks_outside_val(root:Path, # folder VOC2012
     folder:Path, # of masks
 )->list: # ids, sorted
     "Images with a mask that are not in `val`"
     return sorted({p.stem for p in folder.glob('*.png')} - set(read_voc_list(root, 'val')))
 
 # %% ../nbs/01d_voc.ipynb #ce3b27b3
-def read_voc_ids(
-    root:Path, # folder VOC2012
+def read_voc_ids(root:Path, # folder VOC2012
     split:str, # name of a list, or 'trainaug'
     bad:list=None, # for lines that cannot be used, see `noted`
 )->list: # ids
@@ -104,8 +98,7 @@ def _mat_parts(b):
         at = at+8 if small else start+size + (0 if kind==15 else -size%8)
 
 # %% ../nbs/01d_voc.ipynb #583b93e3
-def read_mat_field(
-    b:bytes, # a MATLAB 5 file
+def read_mat_field(b:bytes, # a MATLAB 5 file
     name:str, # of a structure
     field:bytes, # of an array in it
     limit:int=2**28, # bytes, decompressed
@@ -126,8 +119,7 @@ def read_mat_field(
     raise KeyError(name)
 
 # %% ../nbs/01d_voc.ipynb #1aa20b67
-def read_sbd_mask(
-    path:str|Path, # `.mat` file in `cls`
+def read_sbd_mask(path:str|Path, # `.mat` file in `cls`
     n:int=20, # number of classes
     size:tuple=None, # (H,W) of the photo
 )->np.ndarray: # uint8 (H,W), values 0 to `n` and 255
@@ -143,8 +135,7 @@ def read_sbd_mask(
     return m.astype(np.uint8)
 
 # %% ../nbs/01d_voc.ipynb #4ac7c460
-def find_sbd(
-    *bases:str|Path, # folders to look in
+def find_sbd(*bases:str|Path, # folders to look in
 )->Path|None: # the folder cls
     "The folder cls of SBD in or near one of `bases`"
     near = ('', 'dataset', 'benchmark_RELEASE/dataset', 'sbd', 'SBD')
@@ -176,8 +167,7 @@ def _download(path, what):
                         'Try again later, or unpack the archive there by hand') from None
 
 # %% ../nbs/01d_voc.ipynb #01d9e982
-def merge_trainaug(
-    root:Path, # folder VOC2012
+def merge_trainaug(root:Path, # folder VOC2012
     cls:Path|None, # folder cls of SBD
     expected:int|None, # images of trainaug; None for a part of the data
 )->dict: # number of images, masks written from VOC and from SBD
@@ -196,8 +186,7 @@ def merge_trainaug(
     return dict(images=len(ids), **count)
 
 # %% ../nbs/01d_voc.ipynb #33dbcacf
-def prepare_voc(
-    path:str|Path, # folder VOC2012, or one around it; where to download to
+def prepare_voc(path:str|Path, # folder VOC2012, or one around it; where to download to
     sbd:str|Path=None, # folder of SBD, default: looked for beside the devkit
     download:bool=False, # fetch what is missing (VOC 2 GB, SBD 1.4 GB)
     expected:int|None=10582, # images of trainaug; None for a part of the data

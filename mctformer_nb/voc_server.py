@@ -15,10 +15,8 @@ from .datasets import Dataset
 from .training_files import first_few
 
 # %% ../nbs/44_voc_server.ipynb #0d671ffa
-def check_submission(
-    masks:str|Path, # folder of `<id>.png`
-    ids:list, # of the test list
-):
+def check_submission(masks:str|Path, # folder of `<id>.png`
+    ids:list): # of the test list
     "`DataError` unless every id is there once and has a mask"
     need(ids, masks, 'no images are listed', 'Give the ids of the test list')
     seen, missing = set(), [i for i in ids if not (Path(masks)/f'{i}.png').is_file()]
@@ -28,8 +26,7 @@ def check_submission(
     need(not missing, masks, lacks, 'Write them with mct_segment')
 
 # %% ../nbs/44_voc_server.ipynb #v0c00005
-def server_png(
-    path:str|Path, # of a mask
+def server_png(path:str|Path, # of a mask
     size:tuple=None, # (W,H) of its photo; None: not checked
     num_classes:int=20, # foreground classes
 ) -> bytes: # of an 8-bit palette PNG
@@ -43,8 +40,7 @@ def server_png(
     return png.getvalue()
 
 # %% ../nbs/44_voc_server.ipynb #2926f013
-def voc_archive(
-    masks:str|Path, # folder of `<id>.png`
+def voc_archive(masks:str|Path, # folder of `<id>.png`
     ids:list|Dataset, # images of the list, or their data set (sizes are checked too)
     out:str|Path, # archive to write, `.tar.gz`
     comp:str='comp6', # 'comp6': any training data; 'comp5': VOC's only
