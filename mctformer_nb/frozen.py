@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'RUN_FILES', 'frozen_network', 'load_frozen', 'frozen_precision', 'at_bits', 'frozen_features',
-           'FrozenCAM', 'pooled_features', 'fit_logistic', 'choose_strength', 'head_scores', 'is_finished', 'labelled',
-           'train_frozen']
+           'FrozenCAM', 'pooled_features', 'round_basis', 'fit_logistic', 'choose_strength', 'head_scores',
+           'is_finished', 'labelled', 'train_frozen']
 
 # %% ../nbs/16_frozen.ipynb #d5710713
 import copy, shutil, time
@@ -161,6 +161,15 @@ def pooled_features(net:nn.Module, # from `frozen_network`, moved to the device
     need(at, out, f'no photo could be read: {r.bad and r.bad[0][1]}', 'Check the files')
     return np.stack([np.load(folder.path(ds.ids[i])) for i in at]).astype(np.float32), at
 
+# %% ../nbs/16_frozen.ipynb #round001
+def round_basis(Z:torch.Tensor, # (n,D) standardised features of fewer photos than features
+    strength:float, # lambda
+) -> torch.Tensor: # (D,n), columns at right angles
+    "Axes of the directions that photos span, scaled so that the loss bends alike along all"
+    Q = torch.linalg.qr(Z.T).Q                                         # (D,n)
+    spread, axes = torch.linalg.eigh((Z@Q).T@(Z@Q))                    # (n,), (n,n)
+    return Q@axes*(spread.clamp_min(0)/10 + strength).rsqrt()
+
 # %% ../nbs/16_frozen.ipynb #f4a544bd
 def fit_logistic(X:np.ndarray, # (n,D) features
     Y:np.ndarray, # (n,C) multi-hot labels
@@ -171,18 +180,18 @@ def fit_logistic(X:np.ndarray, # (n,D) features
     X, Y = torch.as_tensor(X, dtype=torch.float32), torch.as_tensor(Y, dtype=torch.float32)
     mean, std = X.mean(0), X.std(0)+1e-6
     Z = (X-mean)/std                                                                 # (n,D)
-    # weights that no photo sees stay 0: few photos span few directions, and in these the same problem is smaller
-    Q = torch.linalg.qr(Z.T).Q if 2*len(Z) < Z.shape[1] else None                    # (D,n)
-    Z = Z if Q is None else Z@Q                                                      # (n,n)
+    P = round_basis(Z, strength) if 2*len(Z) < Z.shape[1] else None                  # (D,n)
+    Z, size = (Z, 1.) if P is None else (Z@P, P.square().sum(0))                     # (n,n), (n,): |WP'|^2 = size W^2
     W, b = torch.zeros(Y.shape[1], Z.shape[1], requires_grad=True), torch.zeros(Y.shape[1], requires_grad=True)
     opt = torch.optim.LBFGS([W, b], max_iter=steps, tolerance_grad=1e-4, line_search_fn='strong_wolfe')
     def loss():
         opt.zero_grad()
-        value = F.binary_cross_entropy_with_logits(Z@W.T + b, Y, reduction='sum') + strength/2*W.square().sum()
+        fit = F.binary_cross_entropy_with_logits(Z@W.T + b, Y, reduction='sum')
+        value = fit + strength/2*(size*W.square()).sum()
         value.backward()
         return value
     opt.step(loss)
-    W = (W.detach() if Q is None else W.detach()@Q.T)/std                            # undo the standardisation
+    W = (W.detach() if P is None else W.detach()@P.T)/std                            # undo the standardisation
     return W, b.detach() - W@mean
 
 # %% ../nbs/16_frozen.ipynb #be38a1c5
