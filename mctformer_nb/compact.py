@@ -20,11 +20,9 @@ def bilinear_weights(cells:int, # of the grid along one side
 )->np.ndarray: # float32 (pixels,cells), rows sum to 1
     "What each cell of a grid counts for each pixel, along one side"
     at = ((np.arange(pixels)+.5)*cells/pixels - .5).clip(0, cells-1)              # (pixels,) places on the grid
-    low = np.floor(at).astype(int)
-    W, rows = np.zeros((pixels, cells), np.float32), np.arange(pixels)
-    W[rows, low] = 1-(at-low)
-    W[rows, (low+1).clip(max=cells-1)] += at-low
-    return W
+    low, one = np.floor(at).astype(int), np.eye(cells)                            # one[i]: all of cell i
+    share = (at-low)[:,None]                                                      # (pixels,1) of the next cell
+    return (one[low]*(1-share) + one[(low+1).clip(max=cells-1)]*share).astype(np.float32)
 
 # %% ../nbs/03a_compact.ipynb #c989ff53
 def enlarge(maps:np.ndarray, # (k,h,w)

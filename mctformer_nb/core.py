@@ -34,10 +34,9 @@ def overlay(image:Image.Image|np.ndarray, # RGB photo
 )->Image.Image: # RGB, size of the photo
     "The photo with the mask's colours over it"
     image = Image.fromarray(np.asarray(image)).convert('RGB')
-    mask = Image.fromarray(np.asarray(mask, np.uint8)).resize(image.size, Image.NEAREST)
-    photo,mask = np.asarray(image, np.float32), np.asarray(mask)
-    mixed = (1-alpha)*photo + alpha*colorize(mask)          # (H,W,3)
-    return Image.fromarray(np.where(mask[...,None]>0, mixed, photo).astype(np.uint8))
+    mask = np.asarray(Image.fromarray(np.asarray(mask, np.uint8)).resize(image.size, Image.NEAREST))
+    mixed = (1-alpha)*np.asarray(image, np.float32) + alpha*colorize(mask)          # (H,W,3)
+    return Image.fromarray(np.where(mask[...,None]>0, mixed, image).astype(np.uint8))
 
 # %% ../nbs/00_core.ipynb #2a25adb1
 def legend(ax:object, # matplotlib axis
@@ -46,18 +45,18 @@ def legend(ax:object, # matplotlib axis
     "Name the colours of `mask` under the axis"
     from matplotlib.patches import Patch
     names = {i+1: str(c) for i,c in enumerate(classes)} | {255: 'ignored'}
-    found = [v for v in np.unique(mask).tolist() if v]
-    boxes = [Patch(color=voc_palette()[v]/255, label=names.get(v, f'index {v}')) for v in found]
+    boxes = [Patch(color=voc_palette()[v]/255, label=names.get(v, f'index {v}')) for v in np.unique(mask).tolist() if v]
     if boxes: ax.legend(handles=boxes, loc='upper center', bbox_to_anchor=(.5,0), ncol=2, fontsize=7, frameon=False)
     return [b.get_label() for b in boxes]
 
-# %% ../nbs/00_core.ipynb #522d3248
+# %% ../nbs/00_core.ipynb #c3f1a07e
 def _as_png(fig):
     "What a notebook shows of `fig`"
     buf = io.BytesIO()
     fig.savefig(buf, format='png', dpi=max(fig.dpi, 100), bbox_inches='tight')
     return buf.getvalue()
 
+# %% ../nbs/00_core.ipynb #522d3248
 def new_figure(size:tuple, # (width, height) in inches
     dpi:int=72, # of the file it is saved to
 )->object: # matplotlib figure
@@ -78,14 +77,16 @@ def set_seed(seed:int=0): # any integer
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #bfa5d7d5
+# %% ../nbs/00_core.ipynb #c3f1a07f
 class _Lines:
     "File for `tqdm` that writes lines of a log"
     every = 0                                              # seconds between them, 0: none
+    form = '{desc}: {n_fmt}/{total_fmt} in {elapsed}, {remaining} left{postfix}'   # of a line
     def write(self, s):
         if s.strip(): print(s.strip(), file=sys.stderr, flush=True)
     def flush(self): pass
 
+# %% ../nbs/00_core.ipynb #bfa5d7d5
 @contextmanager
 def log_progress(seconds:float=30): # between two lines
     "Within the block, `progress` writes lines to stderr where there is no terminal"
@@ -101,6 +102,5 @@ def progress(iterable:object, # what to walk through
     "`tqdm` over `iterable`, quiet when nobody watches; lines within `log_progress`"
     watched = force or sys.stderr.isatty()
     if watched or not _Lines.every: return tqdm(iterable, desc=desc, total=total, disable=not watched, file=sys.stderr)
-    pace = dict.fromkeys(('delay', 'mininterval', 'maxinterval'), _Lines.every)
-    return tqdm(iterable, desc=desc, total=total, file=_Lines(), leave=False, miniters=1, **pace,
-                bar_format='{desc}: {n_fmt}/{total_fmt} in {elapsed}, {remaining} left{postfix}')
+    pace = dict.fromkeys(('delay', 'mininterval', 'maxinterval'), _Lines.every) | dict(miniters=1)
+    return tqdm(iterable, desc=desc, total=total, file=_Lines(), leave=False, bar_format=_Lines.form, **pace)

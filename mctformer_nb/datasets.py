@@ -253,8 +253,8 @@ def read_scene(args:tuple, # size, split, seed
     "One side of a drawn scene"
     if what=='size': return args[0], args[0]
     image, mask = _scene(*args, id)
-    return Image.fromarray(image) if what=='image' else mask.copy() if what=='mask' else [v-1
-        for v in np.unique(mask).tolist() if v]
+    if what=='image': return Image.fromarray(image)
+    return mask.copy() if what=='mask' else [v-1 for v in np.unique(mask).tolist() if v]
 
 # %% ../nbs/02_datasets.ipynb #e5165f24
 def mini_dataset(split:str='train', # 'train' | 'val'

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 import numpy as np
+from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 
 # %% ../nbs/001_files.ipynb #ebcfbdcd
 class DataError(ValueError):
@@ -163,15 +164,12 @@ def sweep_temporaries(folder:str|Path, # to clean
 # %% ../nbs/001_files.ipynb #9f6dc0d6
 def _read_npy(z, info, limit):
     "Array of a member of an open archive"
-    fmt = np.lib.format
     with z.open(info) as f:
-        read = {(1,0): fmt.read_array_header_1_0, (2,0): fmt.read_array_header_2_0}[fmt.read_magic(f)]
-        shape, by_column, dtype = read(f)
+        shape, by_column, dtype = {(1,0): read_array_header_1_0, (2,0): read_array_header_2_0}[read_magic(f)](f)
         size, held = math.prod(shape)*dtype.itemsize, info.file_size-f.tell()
-        problem = ('it holds Python objects' if dtype.hasobject
-            else f'it has {info.file_size} bytes, more than {limit}' if info.file_size>limit
-            else f'{held} bytes for an array of {size}' if size!=held else None)
-        if problem: raise ValueError(problem)
+        if dtype.hasobject: raise ValueError('it holds Python objects')
+        if info.file_size>limit: raise ValueError(f'it has {info.file_size} bytes, more than {limit}')
+        if size!=held: raise ValueError(f'{held} bytes for an array of {size}')
         return np.ndarray(shape, dtype, bytearray(f.read()), order='F' if by_column else 'C')
 
 # %% ../nbs/001_files.ipynb #a0e79500

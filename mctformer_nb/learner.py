@@ -59,8 +59,7 @@ def batch_slices(order:object, # positions of samples, an array or range
     "This process's slice of every full batch of `order`; a shorter single batch is one as well. Raises `DataError`."
     n = world()
     step = min(batch_size, len(order))//n*n
-    need(batch_size%n == 0, 'batch size', f'{batch_size} cannot be divided among {n} processes',
-         f'Use a multiple of {n}')
+    need(batch_size%n==0, 'batch size', f'{batch_size} cannot be divided among {n} processes', f'Use a multiple of {n}')
     need(step, 'data', f'{len(order)} samples for {n} processes', 'Start fewer')
     return np.reshape(order[:len(order)//step*step], (-1, n, step//n))[:, rank()].ravel()  # (batches, processes, share)
 
@@ -210,8 +209,7 @@ class Precision(MixedPrecision):
     "fastai's mixed precision without its cast of the output: 'fp16' with a gradient scaler, 'bf16' also on CPUs"
     def before_fit(self):
         device, bf16 = self.learn.dls.device.type, self.amp_mode.value=='bf16'
-        need(bf16 or device=='cuda', 'precision fp16', f'is for GPUs, and this training runs on {device}',
-             "Use 'bf16' or 'off' (--amp)")
+        need(bf16 or device=='cuda', 'precision fp16', f'is for GPUs, not for {device}', "Use 'bf16' or 'off' (--amp)")
         if device=='cuda': return super().before_fit()
         self.autocast = torch.autocast(device, torch.bfloat16)   # fastai's is for CUDA and does nothing elsewhere
         self.learn.scaler, self.scales = torch.amp.GradScaler(device, enabled=False), []
@@ -377,12 +375,11 @@ def epoch_line(history:list, # rows, dicts
     epochs:int, # of the whole training
 ) -> str:
     "One line about the last epoch"
-    row = history[-1]
-    left = (epochs-row['epoch'])*np.mean([r['seconds'] for r in history[-3:]])
+    row, pace = history[-1], np.mean([r['seconds'] for r in history[-3:]])
     measured = [('valid_loss', 'valid', '.4f'), *((c, c, '.1f') for c in metric_columns(row))]
     return '  '.join([f"epoch {row['epoch']}/{epochs}", f"loss {row['train_loss']:.4f}",
                       *(f'{name} {row[k]:{form}}' for k,name,form in measured if not np.isnan(row[k])),
-                      f"lr {row['lr']:.1e}", f"{row['seconds']:.0f} s, {left/60:.0f} min left"])
+                      f"lr {row['lr']:.1e}", f"{row['seconds']:.0f} s, {(epochs-row['epoch'])*pace/60:.0f} min left"])
 
 # %% ../nbs/09_learner.ipynb #ccb887c3
 def train_epochs(make:callable, # (start) -> Learner

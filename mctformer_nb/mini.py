@@ -140,9 +140,8 @@ def class_polygons(rng:np.random.Generator, # source of randomness
     body,part,_ = spec
     out = [(p, .85, True) for p in part_shapes()[part]] + [(body_shapes()[body], 1., True)]
     out += [(ellipse(*rng.uniform(-.4,.4,2), rng.uniform(.07,.17)), .72, False) for _ in range(rng.integers(2,5))]
-    for x in (-.28,.28):
-        out += [(ellipse(x, -.15, .15, n=16), None, False), (ellipse(x+.03, -.13, .075, n=12), None, False)]
-    return out
+    eyes = [ellipse(x+d, y, r, n=n) for x in (-.28,.28) for d,y,r,n in ((0, -.15, .15, 16), (.03, -.13, .075, 12))]
+    return out + [(p, None, False) for p in eyes]
 
 # %% ../nbs/01_mini.ipynb #443046c6
 def draw_object(rng:np.random.Generator, # source of randomness
@@ -176,8 +175,7 @@ def place_object(rng:np.random.Generator, # source of randomness
     r:float, # radius of the new one in pixels
 )->np.ndarray: # centre (x,y), inside the picture
     "The first of 30 centres that keeps clear of the others, else the clearest"
-    lo = min(1.15*r, n/2)
-    tries = rng.uniform(lo, n-lo, (30,2))
+    tries = rng.uniform(lo := min(1.15*r, n/2), n-lo, (30,2))
     room = [min([np.linalg.norm(c-q)/(r+p) for q,p in others], default=1.) for c in tries]
     return tries[next((i for i,v in enumerate(room) if v>.9), int(np.argmax(room)))]
 

@@ -205,8 +205,7 @@ def outline_contrast(photo:Image.Image, # upright
     mask:np.ndarray, # (H,W) of the same size
 )->float: # 1: outlines lie anywhere; 0 without outlines
     "Mean change of brightness along the outlines of a mask, divided by that of the whole photo"
-    grey = np.asarray(photo.convert('L'), np.float32)
-    change = np.hypot(*np.gradient(grey))                                                     # (H,W)
+    change = np.hypot(*np.gradient(np.asarray(photo.convert('L'), np.float32)))               # (H,W)
     outline = np.zeros(mask.shape, bool)
     outline[:-1] |= mask[:-1]!=mask[1:]
     outline[:,:-1] |= mask[:,:-1]!=mask[:,1:]

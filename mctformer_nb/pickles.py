@@ -135,9 +135,8 @@ def note_to_array(v:object, # note of an array
         raise ValueError('it holds something else than arrays')
     _, shape, dtype, by_column, raw = v.state
     dtype, raw = _dtype(dtype), _raw_bytes(raw)
-    if not isinstance(shape,
-                      tuple) or not all(type(s) is int and s>=0
-                                        for s in shape) or math.prod(shape)*dtype.itemsize!=len(raw):
+    good = isinstance(shape, tuple) and all(type(s) is int and s>=0 for s in shape)
+    if not good or math.prod(shape)*dtype.itemsize!=len(raw):
         raise ValueError(f'{len(raw)} bytes for an array of shape {shape}')
     return np.frombuffer(raw, dtype).reshape(shape, order='F' if by_column is True else 'C')
 

@@ -203,8 +203,7 @@ def load_weights(model:nn.Module, # changed in place
     cfg:dict=None, # configuration of its run
 ) -> nn.Module: # the same model
     "Load weights, all of them, and what photos must be for them. Raises `DataError` naming file and keys."
-    sd = read_state_dict(path)
-    check_state(sd, model.state_dict(), path)
+    check_state(sd := read_state_dict(path), model.state_dict(), path)
     model.load_state_dict(sd)
     if cfg is not None: model.input_spec = input_spec(cfg.get('input') or {})
     return model

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 import torch
-from fastcore.basics import AttrDict
+from fastcore.basics import AttrDict, patch
 from joblib.externals.loky import ProcessPoolExecutor
 from .artifacts import is_complete
 from .core import DataError, describe_error, folder_lock, need, progress, read_json, sweep_temporaries
@@ -34,7 +34,14 @@ class Output:
     suffix:str='.npz' # of the files
     what:str='files' # plural, for messages
     complete:Callable=is_complete # path -> is this image done?
-    def path(self, id): return Path(self.folder)/f'{id}{self.suffix}'
+
+# %% ../nbs/05_stage.ipynb #c3f1a084
+@patch
+def path(self:Output,
+    id:str, # of an image
+) -> Path: # whether it is there or not
+    "The file of an image"
+    return Path(self.folder)/f'{id}{self.suffix}'
 
 # %% ../nbs/05_stage.ipynb #16ca3f00
 def claim_folder(out:Output, # the folder, and what its files will be
@@ -126,8 +133,7 @@ def compute_batch(compute:Callable, # [item] -> [result]
     got = attempt(compute, items)
     if not isinstance(got, Exception): return got
     if len(items)>1: return [r for it in items for r in compute_batch(compute, [it])]
-    full = DataError('photo', 'needs more memory than the device has',
-                     'Pass image_size (--image-size), or window (--window)')
+    full = DataError('photo', 'exceeds the memory of the device', 'Pass image_size (--image-size) or window (--window)')
     return [full if isinstance(got, torch.OutOfMemoryError) else got]
 
 # %% ../nbs/05_stage.ipynb #31d81e90
@@ -140,8 +146,14 @@ class Work:
     overwrite:bool=False # write files anew that exist
     bad:tuple=() # (id, problem) known before
     desc:str='images' # beside the progress bar
-    def processes_for(self, n): # of n images; a process takes seconds to start, so by default each has 16 or more
-        return min(cores(), max(1, n//16)) if self.processes is None else min(self.processes, n)
+
+# %% ../nbs/05_stage.ipynb #c3f1a082
+@patch
+def processes_for(self:Work,
+    n:int, # of images
+) -> int: # 0: threads write
+    "Number of processes that write"
+    return min(cores(), max(1, n//16)) if self.processes is None else min(self.processes, n)
 
 # %% ../nbs/05_stage.ipynb #f6f9b2cd
 def read_batch(read:Callable, # id -> item

@@ -57,10 +57,9 @@ def find_label_files(folder:str|Path, # of label files
     ds:Dataset, # their photos
 ) -> tuple: # {id: label file} in the order of `ds`, and the ids without one
     "The label files of a data set. Raises `DataError` if there is none."
-    folder = Path(folder)
+    folder, none = Path(folder), f'has labels for none of the {len(ds)} images of {ds.name} ({ds.split})'
     need(folder.is_dir(), folder, 'there is no such folder', 'Write the labels with mct_crf_labels')
     files = {id: folder/f'{id}.npz' for id in ds.ids if (folder/f'{id}.npz').is_file()}
-    none = f'has labels for none of the {len(ds)} images of {ds.name} ({ds.split})'
     need(files, folder, none, 'Write them with mct_crf_labels, or check data and split')
     return files, [id for id in ds.ids if id not in files]
 
@@ -121,9 +120,8 @@ def read_photo_mask(ds:Dataset, # photos
     id:str, # of the photo
 ) -> tuple[Image.Image, np.ndarray]: # RGB photo, mask uint8 (H,W)
     "A photo and its mask, which fit each other, or a `DataError`"
-    image = ds.image(id)
-    if masks in (None, 'ground truth'): mask = ds.mask(id)
-    else: mask = read_mask_file(Path(masks), len(ds.classes), id, image.size[::-1])                    # (W,H) -> (H,W)
+    image, own = ds.image(id), masks in (None, 'ground truth')
+    mask = ds.mask(id) if own else read_mask_file(Path(masks), len(ds.classes), id, image.size[::-1])  # (W,H) -> (H,W)
     need(mask is not None, id, 'its mask is gone', 'Write it again')
     return image, mask
 

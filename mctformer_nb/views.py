@@ -35,8 +35,7 @@ class InputSpec:
         return x*std+mean
 
 # %% ../nbs/06_views.ipynb #d2766a67
-def input_spec(
-    source:object, # a network with `input_spec` or timm's `pretrained_cfg`, such a dict, or the configuration of a run
+def input_spec(source:object, # a network with `input_spec` or timm's `pretrained_cfg`, such a dict, or a run's config
 ) -> InputSpec:
     "What a network wants its photos to be; ImageNet's mean and standard deviation where nothing is said"
     if isinstance(spec := getattr(source, 'input_spec', None), InputSpec): return spec
@@ -120,8 +119,7 @@ def view_sizes(size:tuple, # (W,H) of the photo
     sides = [s*views.side(size) for s in views.scales]
     if views.fit=='round': return tuple(view_size(size, patch, side) for side in sides)
     if views.fit=='square': return tuple(view_size((1, 1), patch, side) for side in sides)
-    whole = lambda n, side: max(patch, round(n*side/min(size))//patch*patch)
-    return tuple((whole(size[1], side), whole(size[0], side)) for side in sides)
+    return tuple(tuple(max(patch, round(n*side/min(size))//patch*patch) for n in size[::-1]) for side in sides)
 
 # %% ../nbs/06_views.ipynb #0d44f207
 def photo_views(image:Image.Image, # RGB photo

@@ -20,11 +20,9 @@ from .photos import PHOTO_SUFFIXES, noted, safe_name, with_any_suffix
 def read_annotation(path:str|Path, # XML file of the devkit
 )->list: # names of the objects
     "Names of the objects in an annotation; `DataError` for anything but the devkit's plain XML"
-    need(Path(path).is_file(), path, f'there is no such file, so {Path(path).stem} has no labels',
-         'Copy Annotations from the devkit, or take the id off the list')
+    need(Path(path).is_file(), path, 'there is no such file', 'Copy it from the devkit, or take the id off the list')
     text = read_text(path)
-    need(not re.search(r'<!(DOCTYPE|ENTITY)', text), path, 'declares a DOCTYPE or entities',
-         'Use the plain annotation of the devkit')
+    need(not re.search(r'<!(DOCTYPE|ENTITY)', text), path, 'declares a DOCTYPE or entities', "Use the devkit's file")
     try: return [(o.findtext('name') or '').strip() for o in ElementTree.fromstring(text).findall('object')]
     except (ElementTree.ParseError, ValueError) as e:
         raise DataError(path, f'is not valid XML ({e})', 'Copy the file from the devkit again') from None
@@ -78,8 +76,7 @@ def read_voc_ids(root:Path, # folder VOC2012
     "Ids of a split; `DataError` where `trainaug` has not been built yet"
     if split!='trainaug': return read_voc_list(root, split, bad)
     aug = root/'SegmentationClassAug'
-    need(aug.is_dir(), aug, 'there is no such folder, so the images of trainaug are not known',
-         f'Build it from VOC and SBD with the command: mct_prepare_voc {root}')
+    need(aug.is_dir(), aug, 'is missing, so trainaug is unknown', f'Build it from VOC and SBD: mct_prepare_voc {root}')
     return masks_outside_val(root, aug)
 
 # %% ../nbs/01d_voc.ipynb #dfc38bce
