@@ -28,10 +28,8 @@ def class_to_patch(q:Tensor, # queries of one layer (B,H,N,d), class tokens firs
     classes:list=None, # class indices wanted, default all C
 ) -> Tensor: # (B,C or len(classes),M), float32
     "Head-mean attention of class tokens to patches, block c2p of Eq. 1; rows of other tokens are not computed"
-    rows = q[:, :, list(range(C) if classes is None else classes)].float() # (B,H,c,d)
-    with torch.autocast(q.device.type, enabled=False):
-        a = (rows*scale @ k.float().transpose(-2, -1)).softmax(-1)         # (B,H,c,N)
-    return a[..., C:].mean(1)                                              # (B,H,c,M) -> (B,c,M)
+    q, k = q[:, :, list(range(C) if classes is None else classes)].float()*scale, k.float().mT  # (B,H,c,d), (B,H,d,N)
+    with torch.autocast(q.device.type, enabled=False): return (q@k).softmax(-1)[..., C:].mean(1) # (B,H,c,N) -> (B,c,M)
 
 # %% ../nbs/21_attention.ipynb #16045a9f
 def minmax(maps:Tensor, # (...,h,w)
@@ -58,11 +56,9 @@ def patch_cam(features:Tensor, # output patch tokens on their grid (B,D,h,w)
     rule:str='reference', # 'reference', 'plus': ReLU; 'paper': min-max
 ) -> Tensor: # (B,c,h,w), float32, not negative
     "PatchCAM: the head's feature map before its average pooling (Section 3.3)"
-    W, b = head.weight.float(), head.bias.float()                          # (C,D,3,3), (C,)
-    if classes is not None: W, b = W[list(classes)], b[list(classes)]
-    with torch.autocast(features.device.type, enabled=False):
-        f = F.conv2d(features.float(), W, b, padding=head.padding)         # (B,D,h,w) -> (B,c,h,w)
-    return minmax(f) if rule == 'paper' else f.relu()
+    W, b = (t.float()[... if classes is None else list(classes)] for t in (head.weight, head.bias))  # (c,D,3,3), (c,)
+    with torch.autocast(features.device.type, enabled=False): f = F.conv2d(features.float(), W, b, padding=head.padding)
+    return minmax(f) if rule == 'paper' else f.relu()                      # f: (B,D,h,w) -> (B,c,h,w)
 
 # %% ../nbs/21_attention.ipynb #937cac0f
 def fuse_maps(attn:Tensor|None, # class-to-patch attention (B,c,h,w), not negative

@@ -9,6 +9,7 @@ __all__ = ['complexity', 'table_digits', 'table4_models', 'info_table']
 import copy
 from decimal import Decimal, ROUND_HALF_UP
 import torch
+from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,13 +24,10 @@ def complexity(model:nn.Module, # an MCTformer, a baseline, or any network of im
     image_size:int|tuple=224, # pixels, or (H,W)
 ) -> dict: # params, macs (linear + convolution), attention_macs (products inside attention)
     "Parameters, and multiply-adds of one image (Table 4 counts `macs`)."
-    h, w = (image_size, image_size) if isinstance(image_size, int) else image_size
-    meta = copy.deepcopy(model).eval().to('meta')
-    with FlopCounterMode(display=False) as count, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        meta(torch.empty(1, 3, h, w, device='meta'))
-    flops = count.get_flop_counts()['Global']
+    meta, x = copy.deepcopy(model).eval().to('meta'), torch.empty(1, 3, *to_2tuple(image_size), device='meta')
+    with FlopCounterMode(display=False) as count, sdpa_kernel(SDPBackend.MATH), torch.no_grad(): meta(x)
+    flops, params = count.get_flop_counts()['Global'], sum(p.numel() for p in model.parameters())
     attention = sum(n for op,n in flops.items() if 'bmm' in str(op) or 'scaled_dot' in str(op))
-    params = sum(p.numel() for p in model.parameters())
     return dict(params=params, macs=(sum(flops.values()) - attention)//2, attention_macs=attention//2)
 
 # %% ../nbs/15_complexity.ipynb #ebca37d5

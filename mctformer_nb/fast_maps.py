@@ -9,7 +9,7 @@ __all__ = ['PRECISIONS', 'affinity_apply', 'one_buffer', 'attend_rows', 'Attenti
 
 # %% ../nbs/21a_fast_maps.ipynb #ceb78c57
 import copy, time, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
 import torch
@@ -23,7 +23,7 @@ from .core import need
 from .mctformer import DirectLinear
 from .other_affinity import OtherAffinity, refine_by_other
 from .views import input_spec
-from .vit import capture_qk
+from .vit import capture_qk, forward_hooks
 
 # %% ../nbs/21a_fast_maps.ipynb #2147a50d
 def affinity_apply(q:Tensor, # queries of one layer (B,H,N,d), class tokens first
@@ -50,16 +50,13 @@ def one_buffer(blocks:nn.Sequential, # of the model
     qk:dict, # what `capture_qk` yields, not filled yet
 ): # yields nothing; `qk` then holds parts of one tensor (layers,2,B,H,N,d)
     "Move captured queries and keys into one buffer, layer by layer, so that the values can be freed"
-    buffer, handles = [], []
+    buffer = []
     def move(row, layer):
         q = layer['q']
         if not buffer: buffer.append(q.new_empty(len(qk), 2, *q.shape))
         layer.update({n: to.copy_(layer[n]) for n,to in zip('qk', buffer[0][row])})
-    for row,l in enumerate(qk):
-        handles.append(blocks[l].attn.register_forward_hook(lambda *_, row=row, l=l: move(row, qk[l])))
-    try: yield
-    finally:
-        for h in handles: h.remove()
+    hooks = [(blocks[l].attn, lambda *_, row=row, l=l: move(row, qk[l])) for row,l in enumerate(qk)]
+    with forward_hooks(hooks): yield
 
 # %% ../nbs/21a_fast_maps.ipynb #0f577a1b
 @torch.no_grad()
@@ -226,12 +223,10 @@ def at_precision(model:nn.Module, # an MCTformer, or a baseline
     precision:str='float32', # 'float32' | 'bf16' | 'fp16' (autocast) | 'int8' (linear layers of the blocks, CPU only)
 ): # yields a model that computes so; the given one is not changed
     "A model at lower precision inside the `with` block. Raises `DataError`."
-    fix = f"Use one of {', '.join(map(repr, PRECISIONS))}"
-    need(precision in PRECISIONS, f'precision {precision!r}', 'unknown', fix)
+    need(precision in PRECISIONS, f'precision {precision!r}', 'unknown', f'Use one of {PRECISIONS}')
     kind = dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
-    if kind is None: yield eight_bits(model) if precision == 'int8' else model
-    else:
-        with torch.autocast(next(model.parameters()).device.type, kind): yield model
+    with torch.autocast(next(model.parameters()).device.type, kind) if kind else nullcontext():
+        yield eight_bits(model) if precision == 'int8' else model
 
 # %% ../nbs/21a_fast_maps.ipynb #aa2c69c0
 def fast_precisions(model:nn.Module, # an MCTformer, or a baseline

@@ -25,7 +25,7 @@ from .runs import check_state, read_state_dict, split_options, weights_digest
 from .train import labelled_photos, make_transform
 from .training_files import data_fingerprint
 from .views import input_spec
-from .vit import capture_qk
+from .vit import capture_qk, forward_hooks
 
 # %% ../nbs/27a_head_fusion.ipynb #9d3a53e9
 class HeadWeights(nn.Module):
@@ -56,10 +56,7 @@ def capture_outputs(blocks:nn.Sequential, # transformer blocks
     "What the attention of every block puts out, after its output projection"
     kept = []
     keep = lambda module, args, out: kept.append(out.detach().float().amax(1))          # (B,N,D) -> (B,D)
-    handles = [b.attn.proj.register_forward_hook(keep) for b in blocks]
-    try: yield kept
-    finally:
-        for h in handles: h.remove()
+    with forward_hooks([(b.attn.proj, keep) for b in blocks]): yield kept
 
 # %% ../nbs/27a_head_fusion.ipynb #f8029ff4
 @torch.no_grad()
@@ -108,11 +105,10 @@ def head_terms(model:nn.Module, # an MCTformer with a patch head
     x:torch.Tensor, # images (B,3,H,W)
 ) -> tuple: # pooled (B,L,D); Q (B,C,L*h,L*h), times (L*h)^2
     "What the weights of the heads can be learnt from"
-    found = head_pass(model, x)
-    both = [(c, p.sum(-2)) for c,p in head_attention(model, found)]    # a block: (B,h,C,M), (B,h,M) given by a patch
+    f = head_pass(model, x)
+    both = [(c, p.sum(-2)) for c,p in head_attention(model, f)]        # a block: (B,h,C,M), (B,h,M) given by a patch
     c2p, given = (torch.cat(t, 1) for t in zip(*both))                 # (B,L*h,C,M), (B,L*h,M)
-    Q = torch.einsum('bin,bjcn,bcn->bcij', given, c2p, found.coarse.flatten(2))        # (B,C,L*h,L*h)
-    return found.pooled, Q/c2p.shape[-1]
+    return f.pooled, torch.einsum('bin,bjcn,bcn->bcij', given, c2p, f.coarse.flatten(2))/c2p.shape[-1] # (B,C,L*h,L*h)
 
 # %% ../nbs/27a_head_fusion.ipynb #f1a437bd
 def head_scores(w:torch.Tensor, # weights (B,L,h)

@@ -25,15 +25,13 @@ from .views import input_spec, to_input
 
 # %% ../nbs/26_no_masks.ipynb #24fdd937
 @torch.no_grad()
-def class_probability(
-    model:torch.nn.Module, # classifier: (B,3,H,W) -> logits (B,C) of class tokens and, or None, of patches
+def class_probability(model:torch.nn.Module, # classifier: (B,3,H,W) -> logits (B,C) of tokens and, or None, of patches
     x:torch.Tensor, # (B,3,H,W), normalised
     c:int, # class index
     batch_size:int=32, # photos at a time
 ) -> torch.Tensor: # (B,) in [0,1], on the CPU
     "Probability of one class for every photo"
-    p = next(model.parameters())
-    with evaluating(model): outs = [model(b.to(p.device, p.dtype)) for b in x.split(batch_size)]
+    with evaluating(model): outs = [model(b.to(next(model.parameters()))) for b in x.split(batch_size)]
     return torch.cat([torch.stack([s[:, c] for s in o if s is not None]).float().sigmoid().mean(0) for o in outs]).cpu()
 
 # %% ../nbs/26_no_masks.ipynb #f3635920

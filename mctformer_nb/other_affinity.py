@@ -68,8 +68,7 @@ def class_boxes(maps:Tensor, # (B,c,h,w), not negative
 ) -> Tensor: # (B,c,h,w): 1 inside the bounding boxes of the connected parts above it, else 0
     "Boxes around the parts of every map that hang together"
     from scipy import ndimage                                     # only here: it takes a while to load
-    on = (maps >= threshold*maps.amax((-2, -1), keepdim=True)) & (maps > 0)
-    boxes = torch.zeros(maps.shape)
+    on, boxes = (maps >= threshold*maps.amax((-2, -1), keepdim=True)) & (maps > 0), torch.zeros(maps.shape)
     for m,box in zip(on.flatten(0, 1).cpu().numpy(), boxes.flatten(0, 1)):                  # (B,c,h,w) -> (B*c,h,w)
         for part in ndimage.find_objects(ndimage.label(m, np.ones((3, 3)))[0]): box[part] = 1
     return boxes.to(maps)

@@ -186,9 +186,8 @@ class ModelOptions:
 def training_options(options:dict, # by name
 ) -> tuple: # those of the loaders, the learner, the model (and timm); and all of them, with defaults, as plain values
     "Options by the part that takes them. Raises `DataError` for one that nobody knows."
-    receivers = Loading, make_learner, CosineSchedule, ModelOptions
-    given = 'ds valid seed device spec dls model'.split()
-    load, fit, rate, model, timm_args = split_options(options, *receivers, given=given, rest=True)
+    parts, given = (Loading, make_learner, CosineSchedule, ModelOptions), 'ds valid seed device spec dls model'.split()
+    load, fit, rate, model, timm_args = split_options(options, *parts, given=given, rest=True)
     odd, known = sorted(timm_args.keys()-{'grad_checkpointing'}), ', '.join(sorted({*load, *fit, *rate, *model}))
     need(isinstance(model['backbone'], str) or not odd, f'option {", ".join(odd)}', 'unknown', f'Use {known}')
     settings = as_settings({**load, **fit, **rate, **model, **timm_args}, compile=False, lag=True)
