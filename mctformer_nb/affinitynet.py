@@ -264,6 +264,7 @@ def _build(cfg, backbone):
 _FIELDS = dict(backbone=str, stride=int, radius=(int, float), width=int, norm=bool, backbone_args=dict)
 RUN_KINDS['affinitynet'] = RunKind(_build, _FIELDS, 'mct_affinity')
 
+# %% ../nbs/30_affinitynet.ipynb #4ce3db55
 def save_affinity(net:AffinityNet, # any
     folder:str|Path, # run folder, made if needed
     **config, # more to remember: classes (list of names), crop, ...
@@ -316,17 +317,15 @@ def train_affinity(labels:str|Path, # folder of `<id>.npz` with CRF probabilitie
     return fit_run(out, epochs, settings, make, save_run, config, seed=seed, about=about, fresh=run.fresh, log=run.log)
 
 # %% ../nbs/30_affinitynet.ipynb #f7dd81cf
-@torch.no_grad()
 def predict_affinity(net:AffinityNet, # trained
     images:Image.Image|list, # one RGB photo, or several
     border:str=None, # which cells start pairs, see `pair_starts`; default as the network was trained
 ) -> torch.Tensor|list: # (P,h,w) on the device of `net`, or a list; h and w are the photo's sides / stride, rounded up
     "Affinity of each cell of a photo with its neighbours at `net.offsets`"
     if not isinstance(images, Image.Image): return [predict_affinity(net, im, border) for im in images]
-    p = next(net.parameters())
-    x = to_input(images, 1, spec=net.input_spec).to(p.device, p.dtype)                   # (1,3,H,W)
-    with evaluating(net): affinity = pair_affinity(net(x), net.offsets)[0]               # (1,P,h,w) -> (P,h,w)
-    return affinity * torch.from_numpy(pair_starts(affinity.shape[1:], net.offsets, border or net.border)).to(p.device)
+    x = to_input(images, 1, spec=net.input_spec).to(next(net.parameters()))             # (1,3,H,W)
+    with evaluating(net), torch.no_grad(): a = pair_affinity(net(x), net.offsets)[0]     # (1,P,h,w) -> (P,h,w)
+    return a * torch.from_numpy(pair_starts(a.shape[1:], net.offsets, border or net.border)).to(a.device)
 
 # %% ../nbs/30_affinitynet.ipynb #24cf6b12
 def _from_cell(affinity, i, j, offsets):

@@ -210,12 +210,10 @@ def check_device(name:str, # as a user gives it, or None
     "`DataError` if there is no such device here"
     import torch
     from mctformer_nb.core import DataError
-    try:
-        if name: torch.empty(1, device=name)
-    except Exception as e:
-        problem = f'cannot be used ({str(e).splitlines()[0]})'
-        raise DataError(f'--device {name}', problem, 'Choose cpu, or cuda on a machine with a GPU') from None
-    return name
+    try: torch.empty(1, device=name or 'cpu')
+    except Exception as e: problem = f'cannot be used ({str(e).splitlines()[0]})'
+    else: return name
+    raise DataError(f'--device {name}', problem, 'Choose cpu, or cuda on a machine with a GPU')
 
 # %% ../nbs/59_command.ipynb #50cb8b52
 def training_data(a:argparse.Namespace, # parsed arguments with data and skip_bad

@@ -132,11 +132,9 @@ def show_segment_batch(dls:DataLoaders, # from `segment_loaders`
 ) -> Figure:
     "Training samples as the network sees them, and with their masks"
     data = dls.train.dataset
-    def column(i):
-        x, y = data[i, epoch]
-        photo = (data.spec.denormalise(x).clip(0, 1)*255).round().byte().permute(1, 2, 0).numpy()     # -> (H,W,3)
-        return {data.ids[i]: photo, 'with mask': overlay(photo, y.numpy())}
-    return show_pictures([column(i) for i in range(min(n, len(data)))], data.ds.classes)
+    samples = [(data.ids[i], *data[i, epoch]) for i in range(min(n, len(data)))]
+    def rgb(x): return (data.spec.denormalise(x).clip(0, 1)*255).round().byte().permute(1, 2, 0).numpy()  # -> (H,W,3)
+    return show_pictures([{id: rgb(x), 'with mask': overlay(rgb(x), y.numpy())} for id,x,y in samples], data.ds.classes)
 
 # %% ../nbs/41_deeplab.ipynb #a0013d35
 class SegmentLoss:

@@ -89,14 +89,13 @@ def shorter_side(image:Image.Image, # photo
     return image.resize([max(1, round(v*side/min(image.size))) for v in image.size], Image.BICUBIC, reducing_gap=3)
 
 # %% ../nbs/40_deeplab_net.ipynb #2dbfd612
-@torch.no_grad()
 def predict_mask(model:DeepLab, # in eval mode
     image:Image.Image, # RGB photo
     image_size:int=None, # shorter side for the network, as in training; default its own
 ) -> np.ndarray: # uint8 (H,W) at the size of the photo
     "Mask of a photo from a single view"
     x = input_spec(model).normalise(rgb_tensor(shorter_side(image, image_size)))[None]          # (1,3,h,w)
-    logits = model(x.to(next(model.parameters()).device)).float()                              # (1,C+1,h',w')
+    with torch.no_grad(): logits = model(x.to(next(model.parameters()).device)).float()         # (1,C+1,h',w')
     logits = F.interpolate(logits, image.size[::-1], mode='bilinear', align_corners=False)
     return logits[0].argmax(0).byte().cpu().numpy()                            # (1,C+1,H,W) -> (H,W)
 

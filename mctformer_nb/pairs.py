@@ -9,6 +9,7 @@ __all__ = ['BORDERS', 'pair_offsets', 'shifted', 'pair_starts', 'affinity_labels
 # %% ../nbs/29a_pairs.ipynb #3c4735e9
 import math
 import numpy as np, torch, torch.nn.functional as F
+from fastcore.basics import noop
 from .core import need
 from .ranks import rank_mean
 
@@ -31,8 +32,7 @@ def shifted(x:torch.Tensor, # (...,h,w), or an array
     h, w = x.shape[-2:]
     rows, cols = max(0, h-dy), max(0, w-abs(dx))
     left, right = min(max(0, -dx), w), min(max(0, dx), w)
-    here, there = x[..., :rows, left:left+cols], x[..., h-rows:, right:right+cols]
-    return here, there, (left, w-left-cols, 0, h-rows)
+    return x[..., :rows, left:left+cols], x[..., h-rows:, right:right+cols], (left, w-left-cols, 0, h-rows)
 
 # %% ../nbs/29a_pairs.ipynb #c39c113e
 BORDERS = 'all', 'reference' # which cells start pairs
@@ -45,9 +45,7 @@ def pair_starts(size:tuple, # (h,w) of the grid
     "The cells that pairs start from"
     need(border in BORDERS, 'border', f'{border!r} is unknown', f'Choose from {", ".join(BORDERS)}')
     r, starts = int(offsets[:, 0].max()), np.ones(size, bool)
-    if border=='reference':
-        starts[max(0, size[0]-r):] = False
-        starts[:, :r] = starts[:, max(0, size[1]-r):] = False
+    if border=='reference': starts[max(0, size[0]-r):] = starts[:, :r] = starts[:, max(0, size[1]-r):] = False
     return starts
 
 # %% ../nbs/29a_pairs.ipynb #091ab5ba
@@ -71,12 +69,10 @@ def pair_kinds(labels:torch.Tensor, # (B,h,w) from `affinity_labels`
     border:str='all', # which cells start pairs, see `pair_starts`
 ) -> torch.Tensor: # uint8 (B,P,h,w): 0 no pair, 1 both background, 2 both the same class, 3 different
     "What is known about each cell and its neighbour at each offset"
-    out = []
-    for dy,dx in offsets.tolist():
-        a, b, pad = shifted(labels, dy, dx)                                # (B,h-dy,w-|dx|)
-        kind = torch.where(a!=b, 3, torch.where(a==0, 1, 2)) * ((a!=255) & (b!=255))
-        out.append(F.pad(kind.to(torch.uint8), pad))                       # (B,h,w)
-    return torch.stack(out, 1) * torch.from_numpy(pair_starts(labels.shape[-2:], offsets, border)).to(labels.device)
+    def kind(a, b): return (torch.where(a!=b, 3, torch.where(a==0, 1, 2)) * ((a!=255) & (b!=255))).to(torch.uint8)
+    shifts = (shifted(labels, dy, dx) for dy,dx in offsets.tolist())       # (B,h-dy,w-|dx|) twice, padding
+    out = torch.stack([F.pad(kind(a, b), pad) for a,b,pad in shifts], 1)   # (B,P,h,w)
+    return out * torch.from_numpy(pair_starts(labels.shape[-2:], offsets, border)).to(labels.device)
 
 # %% ../nbs/29a_pairs.ipynb #bcb2601e
 class PairDistance(torch.autograd.Function):
@@ -116,8 +112,6 @@ def pair_loss(affinity:torch.Tensor, # (B,P,h,w) from `pair_affinity`
 ) -> torch.Tensor: # scalar, 0 without any pair
     "Cross-entropy of the affinities, each kind of pair averaged over the batch: bg/4 + fg/4 + neg/2"
     same, other = -torch.log(affinity+eps), -torch.log(1+eps-affinity)
-    def mean(cost, kind):
-        n = (kinds==kind).sum()
-        if affinity.requires_grad: n = rank_mean(n)                        # of all processes that train
-        return (cost*(kinds==kind)).sum() / n.clamp(min=1)
+    number = rank_mean if affinity.requires_grad else noop                 # of all processes that train
+    def mean(cost, kind): return (cost*(kinds==kind)).sum() / number((kinds==kind).sum()).clamp(min=1)
     return mean(same, 1)/4 + mean(same, 2)/4 + mean(other, 3)/2

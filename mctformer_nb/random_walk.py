@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['offsets_for', 'transition', 'check_walk', 'random_walk', 'pooled_scores', 'walked_scores', 'walked_mask',
-           'MaskOptions', 'pair_affinity_of', 'walk_settings', 'write_mask', 'make_masks']
+           'MaskOptions', 'keep_starts', 'pair_affinity_of', 'walk_settings', 'write_mask', 'make_masks']
 
 # %% ../nbs/31_random_walk.ipynb #7d0f1178
 import warnings
@@ -149,6 +149,15 @@ class MaskOptions:
     overwrite:bool=False # write masks anew that exist
     workers:int=4 # threads that read, walk and write
 
+# %% ../nbs/31_random_walk.ipynb #32b8b817
+def keep_starts(affinity:torch.Tensor, # (P,h,w)
+    border:str=None, # which cells start pairs, see `pair_starts`; None: the affinities as they are
+) -> torch.Tensor: # (P,h,w)
+    "Affinities without those of cells that start no pair"
+    if not border: return affinity
+    starts = pair_starts(affinity.shape[1:], offsets_for(len(affinity)), border)
+    return affinity * torch.from_numpy(starts).to(affinity.device)
+
 # %% ../nbs/31_random_walk.ipynb #b649e4fc
 def pair_affinity_of(net:object, # `AffinityNet`; or any function photo -> (P,h,w)
     image:Image.Image, # RGB photo
@@ -156,9 +165,7 @@ def pair_affinity_of(net:object, # `AffinityNet`; or any function photo -> (P,h,
     border:str=None, # which cells start pairs; default as the network was trained, else all
 ) -> torch.Tensor: # (P,h,w)
     "Affinities of a photo on a grid of its own: for cells smaller than the network's, the photo is enlarged for it"
-    if not isinstance(net, torch.nn.Module):
-        a = _tensor(net(image))
-        return a * torch.from_numpy(pair_starts(a.shape[1:], offsets_for(len(a)), border)).to(a.device) if border else a
+    if not isinstance(net, torch.nn.Module): return keep_starts(_tensor(net(image)), border)
     if stride != net.stride: image = image.resize([-(-net.stride*n//stride) for n in image.size], Image.BICUBIC)
     return predict_affinity(net, image, border)
 

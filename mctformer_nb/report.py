@@ -61,11 +61,9 @@ def image_scores(folder:str|Path, # of seeds or masks
     threshold:float=.4, # background score, for seeds
 ) -> list[dict]: # id, miou (percent), the worst first
     "Mean IoU of every image over the labels that occur in it or in its mask; images without file are left out"
-    rows, n = [], len(ds.classes)+1
-    for i,id in enumerate(progress(ds.ids, 'images')):
-        pred, true = predicted_mask(folder, id, threshold), ds.mask(i)
-        if pred is None or true is None or (true==255).all(): continue
-        rows.append(dict(id=id, miou=float(iou_fp_fn(confusion(pred, true, n))['miou'])))
+    pairs = ((id, predicted_mask(folder, id, threshold), ds.mask(i)) for i,id in enumerate(progress(ds.ids, 'images')))
+    known = ((id, p, t) for id,p,t in pairs if p is not None and t is not None and (t!=255).any())
+    rows = [dict(id=id, miou=float(iou_fp_fn(confusion(p, t, len(ds.classes)+1))['miou'])) for id,p,t in known]
     return sorted(rows, key=lambda r: r['miou'])
 
 # %% ../nbs/55_report.ipynb #e712fd34
@@ -218,6 +216,14 @@ def add_examples(page:Page, # receives the part
         page.figure(plot_examples(ds, folder, ids, threshold, titles), f'{title}: {", ".join(ids)}',
                     'Photo, ground truth and prediction; above each its mean IoU in percent.')
 
+# %% ../nbs/55_report.ipynb #9406a04a
+def _add_opinion(page, run, ds, folder, ask, config):
+    "What the classifier says about its maps of `ask` photos"
+    quality = map_quality(load_run(run)[0], ds, folder, ask, config.get('image_size'))
+    page.cards([(k+' (%)', f'{quality[k]:.1f}') for k in ('deletion', 'insertion', 'road')])
+    page.text('What the classifier says about its maps: deletion should be low, insertion and ROAD high. '
+              'The numbers compare maps of one classifier, not two classifiers.', css='small')
+
 # %% ../nbs/55_report.ipynb #9406a052
 def _add_masks(page, run, ds, folder, n, ask):
     "Masks without a truth to compare them with, and what the classifier says about its maps"
@@ -226,11 +232,7 @@ def _add_masks(page, run, ds, folder, n, ask):
     page.figure(plot_examples(ds, folder, ids), 'Photos and predicted masks',
                 'There is no ground truth to compare with. Seeds are cut at 0.4.')
     config = run_config(run)
-    if not ask or 'variant' not in config or not has_seed(folder, ids[0]): return
-    quality = map_quality(load_run(run)[0], ds, folder, ask, config.get('image_size'))
-    page.cards([(k+' (%)', f'{quality[k]:.1f}') for k in ('deletion', 'insertion', 'road')])
-    page.text('What the classifier says about its maps: deletion should be low, insertion and ROAD high. '
-              'The numbers compare maps of one classifier, not two classifiers.', css='small')
+    if ask and 'variant' in config and has_seed(folder, ids[0]): _add_opinion(page, run, ds, folder, ask, config)
 
 # %% ../nbs/55_report.ipynb #56e808e1
 def write_run_report(run:str|Path, # run folder of any training

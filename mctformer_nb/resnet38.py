@@ -9,12 +9,13 @@ __all__ = ['BRANCHES', 'MXNET_TYPES', 'BasicBlock', 'BottleneckBlock', 'ResNet38
 
 # %% ../nbs/28_resnet38.ipynb #3c02bedf
 import math, struct
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from timm.models import register_model
 from timm.models._features import FeatureInfo, feature_take_indices
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from .complexity import complexity
 from .core import DataError, need
 from .runs import check_state, read_state_dict
 
@@ -94,13 +95,11 @@ def resnet38_complexity(image_size:int=224, # pixels
     num_classes:int=20, # outputs of the classifier, a 1 x 1 convolution without bias on every cell
 ) -> dict: # params: all; trained: without conv1, b2 and BatchNorm; macs: of all convolutions
     "Parameters and multiply-adds of ResNet38 as a classifier (Table 4)"
-    with torch.device('meta'):
-        net = nn.Sequential(ResNet38(), nn.Conv2d(4096, num_classes, 1, bias=False)).eval()
-        with FlopCounterMode(display=False) as count, torch.no_grad(): net(torch.empty(1, 3, image_size, image_size))
+    with torch.device('meta'): net = nn.Sequential(ResNet38(), nn.Conv2d(4096, num_classes, 1, bias=False))
     frozen = lambda n,p: n.split('.')[1] in ResNet38.frozen or p.ndim==1  # vectors are BatchNorm's
-    sizes = {n: (p.numel(), frozen(n, p)) for n,p in net.named_parameters()}
-    params, trained = sum(n for n,_ in sizes.values()), sum(n for n,f in sizes.values() if not f)
-    return dict(params=params, trained=trained, macs=count.get_total_flops()//2)
+    trained = sum(p.numel() for n,p in net.named_parameters() if not frozen(n, p))
+    counts = complexity(net, image_size)
+    return dict(params=counts['params'], trained=trained, macs=counts['macs'])
 
 # %% ../nbs/28_resnet38.ipynb #e7829301
 BRANCHES = dict(short='branch1', bn1='branch2a', conv1='branch2a', bn2='branch2b1', conv2='branch2b1',
@@ -144,12 +143,11 @@ def load_psa(path:str|Path, # res38_cls.pth of PSA, or a file with the same name
 MXNET_TYPES = dict(enumerate('<f4 <f8 <f2 u1 <i4 i1 <i8 ?'.split())) # number in the file -> numpy
 
 # %% ../nbs/28_resnet38.ipynb #a8b5b7ab
+@dataclass
 class BinaryReader:
     "Reads a file front to back, and never more than it has: `ValueError`"
-    def __init__(self,
-        file:object, # open for reading bytes
-        size:int, # of the file, bytes
-    ): self.file, self.size = file, size
+    file:object # open for reading bytes
+    size:int # of the file, bytes
     def bytes(self, n):
         if n > self.size-self.file.tell(): raise ValueError('it ends too early')
         return self.file.read(n)

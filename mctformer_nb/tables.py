@@ -16,9 +16,8 @@ from .core import need
 # %% ../nbs/50_tables.ipynb #a2e5ceff
 def current_commit() -> str|None: # short hash, with `+changes` if modules differ from it; None without git
     "The commit of this package's own repository"
-    def git(*args):
-        command, here = ['git', *args], Path(mctformer_nb.__file__).parent
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=20)
+    def git(*args, here=Path(mctformer_nb.__file__).parent):
+        done = subprocess.run(['git', *args], cwd=here, capture_output=True, text=True, timeout=20)
         return done.stdout.strip() if not done.returncode else ''
     try:
         sha = git('ls-files', '__init__.py') and git('rev-parse', '--short', 'HEAD')
@@ -95,11 +94,10 @@ def summarise(records:list, # records, any mixture
     "Mean and standard deviation over seeds of each (table, row, metric, dataset), in the order of appearance"
     names, groups = ('table', 'row', 'metric', 'dataset'), {}
     for r in records: groups.setdefault((str(r['table']), r['row'], r['metric'], r['dataset']), []).append(r)
-    def one(key, rs):
-        v, seeds = [r['value'] for r in rs], [r['seed'] for r in rs]
-        std = statistics.stdev(v) if len(v)>1 else None
-        return dict(zip(names, key), mean=statistics.fmean(v), std=std, n=len(v), seeds=seeds)
-    return [one(k, rs) for k,rs in groups.items()]
+    def std(v): return statistics.stdev(v) if len(v)>1 else None
+    values = {k: [r['value'] for r in rs] for k,rs in groups.items()}
+    return [dict(zip(names, k), mean=statistics.fmean(v), std=std(v), n=len(v), seeds=[r['seed'] for r in groups[k]])
+            for k,v in values.items()]
 
 # %% ../nbs/50_tables.ipynb #8e37d585
 def _paper(title, dataset, metrics, text):
@@ -272,8 +270,7 @@ def order_table(claims:list, # of `check_order`
 ) -> Table: # one row a claim
     "Claims with the paper's difference, ours, and the number of seeds in which they hold"
     def gap(x): return '-' if x is None else f'{x:+.1f}'
-    def row(c):
-        holds = f'{c["seeds"]} of {c["of"]} seeds', 'yes' if c['holds'] else 'no'
-        return [f'{c["worse"]} < {c["better"]}', gap(c['paper']), gap(c['ours']), *holds]
+    def row(c): return [f'{c["worse"]} < {c["better"]}', gap(c['paper']), gap(c['ours']),
+                        f'{c["seeds"]} of {c["of"]} seeds', 'yes' if c['holds'] else 'no']
     head = ['claim', 'difference, paper', 'difference, ours', 'holds in', 'holds on average']
     return Table(head, list(map(row, claims)), caption)
