@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FROZEN_RECIPE', 'REFERENCE_RECIPE', 'PLUS_RECIPE', 'PLUS_MAPS', 'RECIPE', 'LOG', 'TRAIN_RECIPE', 'TRAIN_ARGS',
-           'FINE_ARGS', 'SEED_ARGS', 'SCALE_ARGS', 'SCORE_ARGS', 'CONVERT_ARGS', 'mct_demo', 'mct_prepare_voc',
+           'FINE_ARGS', 'TOLD', 'SEED_ARGS', 'SCALE_ARGS', 'SCORE_ARGS', 'CONVERT_ARGS', 'mct_demo', 'mct_prepare_voc',
            'quick_recipe', 'default_recipe', 'fill_recipe', 'report_training', 'train_without_training', 'follow_run',
            'plus_options', 'hinted_maps', 'mct_train', 'check_classes', 'by_shards', 'tried_precision',
            'affinity_network', 'photo_fit', 'hint_after_seeds', 'with_heads', 'mct_seeds', 'find_results',
@@ -60,11 +60,10 @@ FROZEN_RECIPE = dict( # options for photographs on a CPU: class tokens of a froz
     train=dict(backbone='vit_small_patch14_dinov2', epochs=12, batch_size=8, image_size=224, lr=.002, warmup_epochs=1,
                per_step=True, aug='light', valid_aug='squash', lr_mult=dict(blocks=0, patch_embed=0, pos_embed_pat=0)),
     affinity=dict(backbone='tf_efficientnet_lite0', pretrained='packaged', epochs=3, batch_size=8, crop=256, lr=.003,
-                  lr_mult=_STEM,
-                  fit='momentum'),
+                  lr_mult=_STEM, fit='momentum'),
     segment=dict(backbone='tf_efficientnet_lite0', pretrained='packaged', epochs=20, batch_size=8, crop=256,
-                 optimizer='adamw', lr=2e-4,
-                 head_mult=5, lr_mult=_STEM, dilation=6, width=256, output_stride=16, cache=True))
+                 optimizer='adamw', lr=2e-4, head_mult=5, lr_mult=_STEM, dilation=6, width=256, output_stride=16,
+                 cache=True))
 
 # %% ../nbs/60_cli.ipynb #refrec01
 REFERENCE_RECIPE = dict( # of `mct_train`
@@ -165,16 +164,18 @@ FINE_ARGS = [
         help='photos of --valid-split: central crop (reference), or squashed to a square (quick)'),
     arg('--aug', help='augmentation: reference | paper | light (quick)')]
 
+# %% ../nbs/60_cli.ipynb #7a1d0e25
+TOLD = dict( # columns of history.csv, as `report_training` says them
+    train_loss='loss {:.4f}', valid_loss='validation loss {:.4f}', map_cls='mAP {:.1f}',
+    map_patch='mAP of patches {:.1f}', miou='mIoU {:.1f}')
+
 # %% ../nbs/60_cli.ipynb #6731c8d3
 def report_training(a:argparse.Namespace): # parsed arguments with out
     "Say how a training ended"
     import pandas as pd
     h = pd.read_csv(Path(a.out)/'history.csv')
     last = {k: v for k,v in h.iloc[-1].items() if v==v}                        # NaN is not equal to itself
-    names = dict(train_loss='loss', valid_loss='validation loss', map_cls='mAP {:.1f}',
-                 map_patch='mAP of patches {:.1f}', miou='mIoU {:.1f}')
-    said = {k: names[k] if '{' in names[k] else names[k] + ' {:.4f}' for k in last if k in names}
-    what = ', '.join(form.format(last[k]) for k,form in said.items())
+    what = ', '.join(TOLD[k].format(last[k]) for k in last if k in TOLD)
     a.outcome = dict(run=str(a.out), epochs=len(h), **last, training_seconds=float(h.seconds.sum()))
     epochs = f"{len(h)} epoch{'s'*(len(h)>1)}"
     print(f'done in {elapsed(a)}: {a.out}, {epochs}, {what}; mct_report {shlex.quote(str(a.out))} shows it')

@@ -208,8 +208,7 @@ def masks_background(a:argparse.Namespace, # parsed arguments of `mct_masks`
     ds:'Dataset', # photos
 ) -> dict: # background, or nothing where the stage has its own default
     "--background as a number, from a file, or, `auto`, chosen by the evidence of the classifier"
-    if a.background is None: return {}
-    if a.background!='auto': return dict(background=a.background)
+    if a.background!='auto': return {} if a.background is None else dict(background=a.background)
     from mctformer_nb.cli import background_by_evidence
     found, *_ = background_by_evidence(a.run, a.seeds, ds)
     print(f'background by evidence: {found.background:g}')
@@ -258,8 +257,7 @@ def mct_masks(a):
     return status
 
 # %% ../nbs/61_cli_masks.ipynb #7539822e
-INFER_ARGS = [
-    arg('--out', metavar='DIR', help='folder of masks (default: RUN/masks; mct_predict: RUN/found)'),
+INFER_ARGS = [arg('--out', metavar='DIR', help='folder of masks (default: RUN/masks; mct_predict: RUN/found)'),
     arg('--scales', type=comma_list(number(float, 0, 8, above=True)), metavar='S,S',
         help='sizes of the views (reference and default: 0.5,0.75,1,1.25,1.5)'),
     arg('--flip', action='store_true', help='mirror images too'),
@@ -267,8 +265,7 @@ INFER_ARGS = [
     arg('--window', type=number(int, 1), metavar='N',
         help='side of sliding windows for large photos, pixels (default: the whole photo at once)'),
     arg('--image-size', type=number(int, 1, 4096), metavar='N',
-        help='shorter side at scale 1 in pixels (default: as in training)'),
-    *stage_args()]
+        help='shorter side at scale 1 in pixels (default: as in training)'), *stage_args()]
 
 # %% ../nbs/61_cli_masks.ipynb #6e9ccb39
 def infer_options(a:argparse.Namespace, # parsed arguments of `INFER_ARGS`

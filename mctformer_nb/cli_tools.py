@@ -47,23 +47,20 @@ def masks_of_data(spec:str, # --data
     from mctformer_nb.core import need
     kind,_,path = spec.partition(':')
     need(kind=='folder', spec, 'is not a folder of your own', 'Say where the masks go with --out')
-    colours = Path(path)/'labelmap.txt'
-    need(not colours.is_file(), colours, 'says that masks are in colours, those that come back are numbers',
-         'Say where they go with --out')
+    f = Path(path)/'labelmap.txt'
+    need(not f.is_file(), f, 'says that masks are in colours, but numbers come back', 'Say where they go with --out')
     return Path(path).expanduser()/'masks'
 
 # %% ../nbs/79_cli_tools.ipynb #2f942ecd
 def hint_corrected(a:argparse.Namespace): # parsed arguments of `mct_import`
     "Print the commands that use corrected masks"
-    run, data, lines = Path(a.pseudo).parent if a.pseudo else Path('RUN'), dict(data=a.data, split=a.split), []
+    run, data = Path(a.pseudo).parent if a.pseudo else Path('RUN'), dict(data=a.data, split=a.split)
     masks, net = a.pseudo or run/'masks', run/'deeplab_corrected'
-    for command,options in {
-        'mct_segment_train --corrected-weight 5': dict(masks=masks, **data, out=net),
-        'mct_segment': dict(run=net, **data, out=net/'masks'),
-        'mct_score --corrected': dict(pred=net/'masks', **data)}.items():
-        hint(a, command, **options)
-        lines.append(a.next)
-    a.next = lines[0]
+    hint(a, 'mct_segment_train --corrected-weight 5', masks=masks, **data, out=net)
+    first = a.next
+    hint(a, 'mct_segment', run=net, **data, out=net/'masks')
+    hint(a, 'mct_score --corrected', pred=net/'masks', **data)
+    a.next = first
 
 # %% ../nbs/79_cli_tools.ipynb #a615f9a9
 @command('mct_import task.zip --from cvat --data folder:my_photos --pseudo runs/mine/masks',
@@ -113,8 +110,7 @@ def mct_pick(a):
 
 # %% ../nbs/79_cli_tools.ipynb #228f6847
 @command('mct_app', 'mct_app --run runs/mine --port 8000', args=[
-    arg('--run', metavar='RUN',
-        help='run folder of mct_train or mct_segment_train (default: the network in the package)'),
+    arg('--run', help='run folder of mct_train or mct_segment_train (default: the network in the package)'),
     arg('--host', default='127.0.0.1', metavar='ADDRESS',
         help='0.0.0.0 lets other computers in (default: 127.0.0.1, this one only)'),
     arg('--port', type=number(int, 1, 65535), default=7860, help='of the page (default: 7860)')])

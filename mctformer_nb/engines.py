@@ -8,6 +8,7 @@ __all__ = ['ENGINES', 'run_array', 'RayWorker', 'run_ray', 'run_on']
 # %% ../nbs/82_engines.ipynb #edc4c6e1
 import os, time
 from functools import partial
+from itertools import filterfalse
 from pathlib import Path
 from fastcore.basics import AttrDict
 from .core import need
@@ -43,8 +44,7 @@ class RayWorker:
         for k in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR'): os.environ.pop(k, None)      # Ray is who counts here
         self.worker = SeedWorker(job)
     def __call__(self, batch):
-        for k in batch['shard'].tolist():
-            if not self.worker.done(k): self.worker(k)
+        for k in filterfalse(self.worker.done, batch['shard'].tolist()): self.worker(k)
         return batch
 
 # %% ../nbs/82_engines.ipynb #8be8351f

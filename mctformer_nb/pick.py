@@ -41,8 +41,7 @@ def unsure_share(maps:np.ndarray, # (k,H,W) in [0,1]
 ) -> float: # in [0,1]
     "Pixels where the two best scores are a tie, as a share of foreground and tied pixels"
     if not len(maps): return 0.                                           # no label: all background
-    rows = [np.full((1, *maps.shape[1:]), background), maps.astype(np.float32)]
-    scores = np.sort(np.concatenate(rows), 0)                              # (k+1,H,W)
+    scores = np.sort(np.concatenate([np.full(maps[:1].shape, background), maps.astype(np.float32)]), 0)   # (k+1,H,W)
     tie = scores[-1]-scores[-2] < margin
     return float(tie.sum()/max(1, (tie | (maps.max(0, initial=0)>background)).sum()))
 
