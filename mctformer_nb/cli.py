@@ -263,10 +263,10 @@ def check_classes(config:dict, # of a run
     "`DataError` unless the run was trained for the classes of the data"
     from mctformer_nb.core import need
     old, new = list(config['classes']), list(ds.classes)
-    if len(old) != len(new): what = f'the model has {len(old)} classes, the data set {ds.name} has {len(new)}'
-    else: what = 'classes differ: ' + ', '.join(f'{i} is {o} in the model, {n} in the data' for i,
-                                                (o,n) in enumerate(zip(old, new)) if o != n)[:200]
-    need(old == new, run, what, 'Use the data that the model was trained for')
+    count = f'the model has {len(old)} classes, the data set {ds.name} has {len(new)}'
+    differ = ', '.join(f'{i} is {o} in the model, {n} in the data' for i,(o,n) in enumerate(zip(old, new)) if o != n)
+    wrong = f'classes differ: {differ[:200]}' if len(old) == len(new) else count
+    need(old == new, run, wrong, 'Use the data that the model was trained for')
 
 # %% ../nbs/60_cli.ipynb #8efd095c
 SEED_ARGS = [

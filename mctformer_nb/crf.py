@@ -150,8 +150,7 @@ def write_label(alphas:tuple, # low and high exponent of the background
 ) -> int: # number of classes
     "Write the label file of one image"
     image, classes, maps = item
-    low, high = refine_probs(np.asarray(image), [add_background(maps, a) for a in alphas], crf)
-    save_crf_label(path, classes, low, high)
+    save_crf_label(path, classes, *refine_probs(np.asarray(image), [add_background(maps, a) for a in alphas], crf))
     return len(classes)
 
 # %% ../nbs/24_crf.ipynb #3a109ed5

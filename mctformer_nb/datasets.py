@@ -8,6 +8,7 @@ __all__ = ['Dataset', 'compare_masks', 'read_scene', 'mini_dataset', 'voc_datase
 
 # %% ../nbs/02_datasets.ipynb #6560a628
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib import import_module
@@ -90,10 +91,9 @@ def mask(self:Dataset,
 )->np.ndarray|None: # uint8 (H,W): 0 background, class index + 1, 255 ignored; None without a mask
     "Mask of image `i`; `DataError` if its size is not the photo's"
     if self.get_mask is None: return None
-    id = self.id_of(i)
-    try: w,h = self.get_size(id)
-    except DataError: return self.get_mask(id, None)
-    return self.get_mask(id, (h,w))
+    id, size = self.id_of(i), None
+    with suppress(DataError): size = tuple(self.get_size(id))[::-1]        # (H,W); the photo may be unreadable
+    return self.get_mask(id, size)
 
 # %% ../nbs/02_datasets.ipynb #c91ea43e
 @patch

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'RUN_FILES', 'frozen_network', 'load_frozen', 'frozen_precision', 'at_bits', 'frozen_features',
-           'FrozenCAM', 'pooled_features', 'round_basis', 'fit_logistic', 'choose_strength', 'head_scores',
-           'is_finished', 'labelled', 'train_frozen']
+           'FrozenCAM', 'mirror_mean', 'pooled_features', 'round_basis', 'fit_logistic', 'choose_strength',
+           'head_scores', 'fit_head', 'is_finished', 'labelled', 'train_frozen']
 
 # %% ../nbs/16_frozen.ipynb #d5710713
 import copy, shutil, time
@@ -132,6 +132,15 @@ class FrozenCAM(nn.Module):
 # %% ../nbs/16_frozen.ipynb #982093c0
 VARIANTS['frozen'] = FrozenCAM
 
+# %% ../nbs/16_frozen.ipynb #mirmean1
+def mirror_mean(net:nn.Module, # from `frozen_network`
+    x:torch.Tensor, # (B,3,H,W), normalised for it
+    precision:str='float32', # of the network, from `frozen_precision`
+) -> torch.Tensor: # (B,D)
+    "Mean feature over the cells of a photo and of its mirror image"
+    with at_bits(precision, x.device): seen = [frozen_features(net, v) for v in (x, x.flip(-1))]    # (B,D,h,w) each
+    return torch.stack(seen).mean((0, -2, -1))
+
 # %% ../nbs/16_frozen.ipynb #d61a22e8
 def pooled_features(net:nn.Module, # from `frozen_network`, moved to the device
     ds:Dataset, # photos
@@ -146,10 +155,7 @@ def pooled_features(net:nn.Module, # from `frozen_network`, moved to the device
     bits = frozen_precision(precision, device)
     fast = ready(net.to(device, memory_format=torch.channels_last))
     def read(id): return spec.normalise(rgb_tensor(ds.image(id).resize((image_size, image_size), 3)))         # bicubic
-    def compute(photos):
-        x = torch.stack(photos).to(device)                                                                 # (B,3,s,s)
-        with at_bits(bits, device): f = [frozen_features(fast, v).mean((-2, -1)) for v in (x, x.flip(-1))]  # (B,D) each
-        return list((f[0]+f[1]).div(2).half().cpu().numpy())
+    def compute(photos): return list(mirror_mean(fast, torch.stack(photos).to(device), bits).half().cpu().numpy())
     def write(path, f):
         with atomic_path(path) as p, open(p, 'wb') as file: np.save(file, f)
     settings = dict(image_size=image_size, network=weights_digest(net), precision=bits)
@@ -228,6 +234,17 @@ def head_scores(X:np.ndarray, # (n,D) features
     ap = [average_precision_score(t, s) for t,s in zip(Y.T, logits.numpy().T) if t.any()]
     return float(F.binary_cross_entropy_with_logits(logits, targets)), 100*float(np.mean(ap))
 
+# %% ../nbs/16_frozen.ipynb #fithead2
+def fit_head(model:FrozenCAM, # its linear layer is set
+    X:np.ndarray, # (n,D) pooled features
+    Y:np.ndarray, # (n,C) labels
+    strength:float, # penalty
+) -> tuple: # weights (C,D), bias (C,)
+    "Fit the linear layer of a model"
+    W, b = fit_logistic(X, Y, strength)
+    with torch.no_grad(): model.head.weight.copy_(W[..., None, None]), model.head.bias.copy_(b)    # (C,D) -> (C,D,1,1)
+    return W, b
+
 # %% ../nbs/16_frozen.ipynb #86e2ffdf
 RUN_FILES = 'model.safetensors', 'config.json', 'history.csv'
 
@@ -238,9 +255,8 @@ def is_finished(out:Path, # run folder
     "Is this very run there? Raises `DataError` if it is another one."
     if not (out/'config.json').is_file(): return False
     old = read_json(out/'config.json').get('train', {})
-    differ = [f'{k} was {old.get(k)!r}, now {v!r}' for k,v in settings.items() if old.get(k) != v]
-    need(not differ, out, f'was trained with other settings ({"; ".join(differ)})',
-         'Use another --out, or --fresh to throw it away')
+    other = '; '.join(f'{k} was {old.get(k)!r}, now {v!r}' for k,v in settings.items() if old.get(k) != v)
+    need(not other, out, f'was trained with other settings ({other})', 'Use another --out, or --fresh to throw it away')
     return True
 
 # %% ../nbs/16_frozen.ipynb #ab31c9d2
@@ -280,9 +296,7 @@ def train_frozen(ds:Dataset, # to train on; only its image-level labels are used
         X, at = pool(ds, 'train')
         Y = ds.targets()[at]
         best, losses = (strength, []) if strength is not None else choose_strength(X, Y)
-        W, b = fit_logistic(X, Y, best)
-        # (C,D) -> (C,D,1,1)
-        with torch.no_grad(): model.head.weight.copy_(W[..., None, None]), model.head.bias.copy_(b)
+        W, b = fit_head(model, X, Y, best)
         row = dict(epoch=1, train_loss=head_scores(X, Y, W, b)[0])
         if valid is not None:
             V, seen = pool(valid, 'valid')

@@ -8,6 +8,7 @@ __all__ = ['onednn_conv', 'ACTIVATIONS', 'fold_norm', 'fold_norms', 'onednn_bf16
 
 # %% ../nbs/10a_fused_cnn.ipynb #fuse0003
 import copy
+from itertools import pairwise
 import torch, torch.nn.functional as F
 from timm.layers import Conv2dSame, get_same_padding, pad_same
 from torch import nn
@@ -30,8 +31,7 @@ def fold_norms(net:nn.Module, # in evaluation mode; changed in place
 ) -> nn.Module: # the same
     "Convolutions take over the BatchNorm that is registered behind them"
     for parent in list(net.modules()):
-        parts = list(parent.named_children())
-        for (_, conv), (name, norm) in zip(parts, parts[1:]):
+        for (_, conv), (name, norm) in pairwise(list(parent.named_children())):
             var = getattr(norm, 'running_var', None)
             fits = isinstance(conv, nn.Conv2d) and var is not None and len(var) == conv.out_channels
             if fits: setattr(parent, name, fold_norm(conv, norm))
@@ -87,8 +87,7 @@ def fuse_activations(net:nn.Module, # from `fold_norms`; changed in place
 ) -> nn.Module: # the same
     "Convolutions that took over a norm become `FusedConv`, with the activation that the norm left"
     for parent in list(net.modules()):
-        parts = list(parent.named_children())
-        for (_, conv), (name, rest) in zip(parts, parts[1:]):
+        for (_, conv), (name, rest) in pairwise(list(parent.named_children())):
             simple = type(conv) in (nn.Conv2d, Conv2dSame) and conv.padding_mode == 'zeros' and conv.bias is not None
             if not simple or type(rest) is not nn.Sequential or len(rest) > 1: continue
             if any(type(m) not in ACTIVATIONS for m in rest) or max(conv.stride) > 1 < max(conv.dilation): continue

@@ -76,9 +76,8 @@ def predict_classes(model:torch.nn.Module, # in evaluation mode
     threshold:float=.5, # probability from which a class counts
 ) -> list: # of int64 (k,), ascending; never empty
     "Classes that the model sees in each image"
-    out = model(torch.cat([x, x.flip(-1)]))                                   # logits (2B,C) of tokens and patches
-    p = torch.stack([logits.sigmoid() for logits in out if logits is not None]).mean(0)
-    p = p.unflatten(0, (2, len(x))).mean(0).cpu().numpy()                     # (2B,C) -> (B,C)
+    p = torch.stack([s.sigmoid() for s in model(torch.cat([x, x.flip(-1)])) if s is not None])   # (1 or 2,2B,C)
+    p = p.mean(0).unflatten(0, (2, len(x))).mean(0).cpu().numpy()                                # (2B,C) -> (B,C)
     return [np.union1d(np.flatnonzero(q >= threshold), q.argmax()).astype(np.int64) for q in p]
 
 # %% ../nbs/22_seeds.ipynb #1820d9a9

@@ -196,8 +196,7 @@ def has_module_class(nb, tree):
     return any(isinstance(n, ast.ClassDef) and issubclass(getattr(mod, n.name), torch.nn.Module) for n in tree.body)
 
 # Functions that hold a stage's read, compute and write side by side, and tables of options; lines they have: may shrink, not grow.
-LONGER = dict(pooled_features=28, train_frozen=41, train_cells=33, self_trained_seeds=43, SEED_ARGS=43, mct_seeds=33,
-              mct_score=27, mct_masks=40)
+LONGER = dict(train_frozen=39, SEED_ARGS=43, mct_seeds=33, mct_score=27, mct_masks=40)
 
 @each_module
 def test_exported_cells(nb):
@@ -241,7 +240,7 @@ def test_no_private_names_of_other_modules(nb):
 def test_figures_of_the_house():
     "No figure gets worse. The first five are rules; the rest is where the package stands, to be moved in the good direction only"
     r = house.measure()
-    most = dict(long_lines=0, semicolons=0, most_parameters=8, private_per_public=.5, raise_per_100=3, cell_median=12, cells_over_25=len(LONGER))
+    most = dict(long_lines=0, semicolons=0, most_parameters=8, private_per_public=.5, raise_per_100=3, cell_median=9, cells_over_25=len(LONGER))
     least = dict(asserts_per_cell=2, examples=96, science=65)
     wrong = {k: r[k] for k,v in most.items() if r[k]>v} | {k: r[k] for k,v in least.items() if r[k]<v}
     assert not wrong and not r['private_imports'], f'{wrong}: see tools/house.py'
