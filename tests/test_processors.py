@@ -12,7 +12,7 @@ SETTINGS = dict( # torch's own kernels and oneDNN's, as older processors have th
     mixed=dict(ATEN_CPU_CAPABILITY='default', ONEDNN_MAX_CPU_ISA='AVX2', OMP_NUM_THREADS='2'),
     one=dict(OMP_NUM_THREADS='1'), two=dict(OMP_NUM_THREADS='2'), seeds=dict(OMP_NUM_THREADS='1', MCT_SEED_SHIFT='1000'))
 # what trains or rounds within seconds: networks, maps, 8 bits, labels, walks, masks
-NOTEBOOKS = ('000_paper 02_datasets 06_views 09_learner 10_vit 11_mctformer 12_train 13_baselines 16_frozen 20_affinity 20a_other_affinity 21_attention 21a_fast_maps 22_seeds 23a_par 24_crf '
+NOTEBOOKS = ('000_paper 02_datasets 06_views 09_learner 10_vit 10a_fused_cnn 11_mctformer 12_train 13_baselines 16_frozen 20_affinity 20a_other_affinity 21_attention 21a_fast_maps 22_seeds 23a_par 24_crf '
              '24a_consensus 25_self_training 26_no_masks 27_regions 28_resnet38 29_backbones 30_affinitynet 31_random_walk 40_deeplab_net 41_deeplab 42_segment 43_predict').split()
 TESTS = 'published maps_parity models properties seeds baselines affinitynet deeplab random_walk segment'.split()
 
