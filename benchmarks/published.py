@@ -104,8 +104,8 @@ def row_of(plain, ours, top, work, n=None):
 
 def threads():
     "Threads, and the instructions that decide how fast a product of matrices can be"
-    has = torch.cpu
-    kind = 'AMX' if has._is_amx_tile_supported() else 'AVX512-BF16' if has._is_avx512_bf16_supported() else torch.backends.cpu.get_cpu_capability()
+    has = lambda name: getattr(torch.cpu, name, lambda: False)()
+    kind = 'AMX' if has('_is_amx_tile_supported') else 'AVX512-BF16' if has('_is_avx512_bf16_supported') else torch.backends.cpu.get_cpu_capability()
     return f'{torch.get_num_threads()} thread{"s"*(torch.get_num_threads()>1)}, {kind}'
 
 @torch.no_grad()

@@ -83,7 +83,9 @@ def is_complete(path:str|Path, # an `.npz` or `.png` file
     try:
         if Path(path).suffix == '.npz':
             with zipfile.ZipFile(path) as z: return 'classes.npy' in z.namelist()
-        with open(path, 'rb') as f: return f.seek(-12, 2) >= 0 and f.read()[4:8] == b'IEND'    # a PNG's last chunk
+        with open(path, 'rb') as f:
+            f.seek(-12, 2)
+            return f.read()[4:8] == b'IEND'                             # the last chunk of every PNG
     except Exception: return False                                      # zipfile raises many kinds for damaged files
 
 # %% ../nbs/04_artifacts.ipynb #c9b16aaa

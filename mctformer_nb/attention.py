@@ -56,7 +56,8 @@ def patch_cam(features:Tensor, # output patch tokens on their grid (B,D,h,w)
     rule:str='reference', # 'reference', 'plus': ReLU; 'paper': min-max
 ) -> Tensor: # (B,c,h,w), float32, not negative
     "PatchCAM: the head's feature map before its average pooling (Section 3.3)"
-    W, b = (t.float()[... if classes is None else list(classes)] for t in (head.weight, head.bias))  # (c,D,3,3), (c,)
+    some = slice(None) if classes is None else list(classes)
+    W, b = head.weight.float()[some], head.bias.float()[some]              # (c,D,3,3), (c,)
     with torch.autocast(features.device.type, enabled=False): f = F.conv2d(features.float(), W, b, padding=head.padding)
     return minmax(f) if rule == 'paper' else f.relu()                      # f: (B,D,h,w) -> (B,c,h,w)
 

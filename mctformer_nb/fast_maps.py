@@ -223,7 +223,7 @@ def at_precision(model:nn.Module, # an MCTformer, or a baseline
     precision:str='float32', # 'float32' | 'bf16' | 'fp16' (autocast) | 'int8' (linear layers of the blocks, CPU only)
 ): # yields a model that computes so; the given one is not changed
     "A model at lower precision inside the `with` block. Raises `DataError`."
-    need(precision in PRECISIONS, f'precision {precision!r}', 'unknown', f'Use one of {PRECISIONS}')
+    need(precision in PRECISIONS, f'precision {precision!r}', 'unknown', f'Use {", ".join(map(repr, PRECISIONS))}')
     kind = dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
     with torch.autocast(next(model.parameters()).device.type, kind) if kind else nullcontext():
         yield eight_bits(model) if precision == 'int8' else model

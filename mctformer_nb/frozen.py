@@ -174,7 +174,7 @@ def round_basis(Z:torch.Tensor, # (n,D) standardised features of fewer photos th
     "Axes of the directions that photos span, scaled so that the loss bends alike along all"
     Q = torch.linalg.qr(Z.T).Q                                         # (D,n)
     spread, axes = torch.linalg.eigh((Z@Q).T@(Z@Q))                    # (n,), (n,n)
-    return Q@axes*(spread.clamp_min(0)/10 + strength).rsqrt()
+    return Q@axes*(spread.clamp_min(0)/10 + strength).clamp_min(1e-6).rsqrt()
 
 # %% ../nbs/16_frozen.ipynb #f4a544bd
 def fit_logistic(X:np.ndarray, # (n,D) features
@@ -186,6 +186,7 @@ def fit_logistic(X:np.ndarray, # (n,D) features
     X, Y = torch.as_tensor(X, dtype=torch.float32), torch.as_tensor(Y, dtype=torch.float32)
     mean, std = X.mean(0), X.std(0)+1e-6
     Z = (X-mean)/std                                                                 # (n,D)
+    # weights that no photo sees stay 0: few photos span few directions, and in these the same problem is smaller
     P = round_basis(Z, strength) if 2*len(Z) < Z.shape[1] else None                  # (D,n)
     Z, size = (Z, 1.) if P is None else (Z@P, P.square().sum(0))                     # (n,n), (n,): |WP'|^2 = size W^2
     W, b = torch.zeros(Y.shape[1], Z.shape[1], requires_grad=True), torch.zeros(Y.shape[1], requires_grad=True)
@@ -242,7 +243,7 @@ def fit_head(model:FrozenCAM, # its linear layer is set
 ) -> tuple: # weights (C,D), bias (C,)
     "Fit the linear layer of a model"
     W, b = fit_logistic(X, Y, strength)
-    with torch.no_grad(): model.head.weight.copy_(W[..., None, None]), model.head.bias.copy_(b)    # (C,D) -> (C,D,1,1)
+    for p,v in zip((model.head.weight, model.head.bias), (W[..., None, None], b)): p.data.copy_(v)  # (C,D) -> (C,D,1,1)
     return W, b
 
 # %% ../nbs/16_frozen.ipynb #86e2ffdf

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CELL_ARRAYS', 'tokens_and_affinity', 'cosine_affinity', 'frozen_stages', 'unit', 'SelfTraining', 'view_cells',
-           'photo_cells', 'cell_labels', 'cell_batch', 'train_cells', 'cell_probs', 'spread_probs', 'teach_cells',
-           'self_training_settings', 'check_frozen', 'write_cells', 'find_cells', 'self_trained_seeds']
+           'photo_cells', 'cell_labels', 'cell_batch', 'train_cells', 'cell_probs', 'spread_probs', 'round_labels',
+           'teach_cells', 'self_training_settings', 'check_frozen', 'write_cells', 'find_cells', 'self_trained_seeds']
 
 # %% ../nbs/25_self_training.ipynb #b18b1ebd
 import shutil
@@ -23,10 +23,10 @@ from .core import atomic_path, need, progress, read_arrays
 from .frozen import FrozenCAM, at_bits, frozen_precision
 from .mctformer import DirectLinear
 from .other_affinity import OtherAffinity
-from .ranks import local_device
+from .ranks import connected, local_device
 from .runs import check_data, split_options, weights_digest
 from .seeds import compete_maps, write_seed
-from .stage import Output, Work, run_stage
+from .stage import Output, Work, enter_folder, run_stage
 from .views import input_spec, square_input
 from .vit import capture_qk
 
@@ -76,7 +76,7 @@ class SelfTraining:
     high:float=.6 # and shows a class whose map passes this
     rounds:int=2 # of labels and classifier
     later:float=.4 # `low` of later rounds: where masks begin, see `METHOD_BACKGROUND`
-    epochs:int=None # of a round, over the photos; default 1,800 photos in all, at least 4 epochs
+    epochs:int=None # of a round, over the photos; default 1,800 photos a round, at least 4 epochs
     lr:float=3e-3 # AdamW, one cycle
     weight_decay:float=.01 # of the classifier
     temperature:float=.2 # of `cosine_affinity`, where there is no transformer
@@ -147,7 +147,8 @@ def cell_batch(read:Callable, # position -> features (D,h,w), labels (h,w)
 ) -> tuple: # features (cells,D), labels (cells,)
     "All cells of some photos"
     found = [(torch.from_numpy(f).float().flatten(1).T, torch.from_numpy(y).flatten()) for f,y in map(read, photos)]
-    return tuple(map(torch.cat, zip(*found)))
+    features, labels = map(torch.cat, zip(*found))
+    return features, labels.long()
 
 # %% ../nbs/25_self_training.ipynb #rounds03
 def train_cells(read:Callable, # position -> features (D,h,w), labels (h,w)
@@ -165,15 +166,17 @@ def train_cells(read:Callable, # position -> features (D,h,w), labels (h,w)
     cycle = torch.optim.lr_scheduler.OneCycleLR(opt, how.lr, total_steps=epochs*(n//batch))
     for epoch in progress(range(epochs), 'classifier of cells'):
         for photos in torch.randperm(n)[:n//batch*batch].reshape(-1, batch).tolist():
-            f, y = cell_batch(read, photos)
+            f, y = cell_batch(read, photos)                                          # (cells,D), (cells,)
             seen += int((y > 0).sum())
             loss = F.cross_entropy(layer((f-mean)/std), y, ignore_index=-100)
             opt.zero_grad()
             if loss.isfinite(): loss.backward()                              # without any label there is none
             opt.step(), cycle.step()
     need(seen, 'cells', 'no map is sure of a class anywhere', 'Check the labels, or give a smaller high')
-    with torch.no_grad(): layer.weight.div_(std), layer.bias.sub_(layer.weight@mean)
-    return layer.requires_grad_(False)
+    layer.requires_grad_(False)
+    layer.weight /= std                                                              # standardise in the layer itself
+    layer.bias -= layer.weight@mean
+    return layer
 
 # %% ../nbs/25_self_training.ipynb #db26edfc
 def cell_probs(layer:nn.Module, # from `train_cells`
@@ -196,6 +199,16 @@ def spread_probs(layer:nn.Module, # from `train_cells`
     return (p.flatten(1)@(A/A.sum(1, keepdim=True)).T).unflatten(1, p.shape[1:])
 
 # %% ../nbs/25_self_training.ipynb #rounds08
+def round_labels(known:tuple, # classes (k,), maps (k,h,w), features (D,h,w), affinity (M,M) of a photo
+    teacher:nn.Module, # layer of the round before, None in the first
+    how:SelfTraining=SelfTraining(), # limits
+) -> np.ndarray: # int16 (h,w), see `cell_labels`
+    "What the maps say of the cells of a photo, or, in later rounds, the classifier of the round before"
+    (classes, maps, features, affinity), low = known, how.low if teacher is None else how.later
+    if teacher is not None: maps = minmax(spread_probs(teacher, features, affinity, classes)).numpy()
+    return cell_labels(maps.astype(np.float32), classes, low, how.high).astype(np.int16)
+
+# %% ../nbs/25_self_training.ipynb #rounds11
 def teach_cells(load:Callable, # position -> classes (k,), maps (k,h,w), features (D,h,w), affinity (M,M)
     n:int, # photos
     C:int, # foreground classes
@@ -203,12 +216,9 @@ def teach_cells(load:Callable, # position -> classes (k,), maps (k,h,w), feature
 ) -> nn.Linear: # of the last round
     "Labels and classifier, round by round: the first learns from the maps, a later one from what the one before says"
     layer = None
-    for r in range(how.rounds):
-        def learn(i, teacher=layer, low=how.later if r else how.low):
-            classes, maps, features, affinity = load(i)
-            if teacher is not None: maps = minmax(spread_probs(teacher, features, affinity, classes)).numpy()
-            return features, cell_labels(maps.astype(np.float32), classes, low, how.high)
-        layer = train_cells(learn, n, C, how)
+    for _ in range(how.rounds):
+        labels = [round_labels(load(i), layer, how) for i in progress(range(n), 'labels of cells')]
+        layer = train_cells(lambda i: (load(i)[2], labels[i]), n, C, how)
     return layer
 
 # %% ../nbs/25_self_training.ipynb #4e6a396b
@@ -227,10 +237,12 @@ def self_training_settings(model:FrozenCAM, # gives the class logits
 # %% ../nbs/25_self_training.ipynb #stagec06
 def check_frozen(model:object, # any
     ds:'Dataset', # photos
+    how:SelfTraining=SelfTraining(), # the rest
 ):
-    "`DataError` unless the model is a frozen network for the classes of the data"
+    "`DataError` unless the model is a frozen network for the classes of the data, and there is a round"
     need(isinstance(model, FrozenCAM), 'self-training', 'needs the run of a frozen network',
          'Train with mct_train --recipe frozen')
+    need(how.rounds >= 1, 'self-training', f'{how.rounds} rounds teach nothing', 'Give 1 or more')
     check_data(model, ds)
 
 # %% ../nbs/25_self_training.ipynb #stagec01
@@ -251,7 +263,7 @@ def find_cells(model:FrozenCAM, # gives the class logits; on its device
     how:SelfTraining, # the rest
 ) -> list: # [(id, problem)] of unreadable photos
     "Step 1: maps and cells of every photo"
-    fast = model.ready()
+    fast = model.to(memory_format=torch.channels_last).ready()
     def read(id): return ds.image(id), ds.labels(id)
     def know(photos): return [(classes, photo_cells(fast, image, classes, other, how)) for image,classes in photos]
     work = Work(threads=how.workers, overwrite=how.overwrite, desc='cells of the photos')
@@ -266,20 +278,20 @@ def self_trained_seeds(model:FrozenCAM, # run of `train_frozen`, moved to the de
 ) -> AttrDict: # folder; written, skipped, empty: counts; bad: [(id, problem)]; seconds
     "Write one seed file an image: existing ones are skipped, unreadable photos listed. Raises `DataError`."
     how, out = SelfTraining(**split_options(dict(low=.3 if other else .2) | options, SelfTraining)[0]), Path(out)
-    check_frozen(model, ds)
-    settings, bad = self_training_settings(model, ds, other, how), []
+    check_frozen(model, ds, how)
+    settings, model = self_training_settings(model, ds, other, how), model.to(local_device(how.device))
     cells = Output(out/'_cells', settings, '_cells.json', what='cells')
     seeds = Output(out, settings, '_seeds.json', what='seeds')
-    model.to(local_device(how.device), memory_format=torch.channels_last)
-    if how.overwrite or not all(map(is_complete, map(seeds.path, ds.ids))):
-        bad = find_cells(model, ds, cells, other, how)                                              # 1: maps, cells
+    with connected(): enter_folder(seeds, ds.ids, how.overwrite)          # it may throw old cells away: before new ones
+    todo = not all(map(is_complete, map(seeds.path, ds.ids)))
+    bad = find_cells(model, ds, cells, other, how) if todo else []                                  # 1: maps, cells
     ids = [id for id in ds.ids if is_complete(cells.path(id))]
     load = lambda id: read_arrays(cells.path(id), CELL_ARRAYS, 'cells', 'mct_seeds')
-    layer = teach_cells(lambda i: load(ids[i]), len(ids), len(ds.classes), how) if ids else None    # 2, 3: classifier
+    layer = teach_cells(lambda i: load(ids[i]), len(ids), len(ds.classes), how) if ids and todo else None  # 2, 3
     def speak(id):
         classes, _, features, affinity = load(id)
         return classes, [spread_probs(layer, features, affinity, classes)], ds.image(id).size[::-1] # 4: seed
-    work = Work(threads=how.workers, overwrite=how.overwrite, bad=bad, desc='seeds')
-    report = run_stage(seeds, [id for id in ds.ids if id not in dict(bad)], speak, write_seed, work=work)
+    work, lost = Work(threads=how.workers, bad=bad, desc='seeds'), dict(bad)
+    report = run_stage(seeds, [id for id in ds.ids if id not in lost], speak, write_seed, work=work)
     if not how.keep: shutil.rmtree(out/'_cells', ignore_errors=True)
     return report

@@ -20,7 +20,7 @@ from .photos import PHOTO_SUFFIXES, noted, safe_name, with_any_suffix
 def read_annotation(path:str|Path, # XML file of the devkit
 )->list: # names of the objects
     "Names of the objects in an annotation; `DataError` for anything but the devkit's plain XML"
-    need(Path(path).is_file(), path, 'there is no such file', 'Copy it from the devkit, or take the id off the list')
+    need(Path(path).is_file(), path, 'no such file, so the id has no labels', 'Copy it from the devkit or drop the id')
     text = read_text(path)
     need(not re.search(r'<!(DOCTYPE|ENTITY)', text), path, 'declares a DOCTYPE or entities', "Use the devkit's file")
     try: return [(o.findtext('name') or '').strip() for o in ElementTree.fromstring(text).findall('object')]
@@ -76,7 +76,7 @@ def read_voc_ids(root:Path, # folder VOC2012
     "Ids of a split; `DataError` where `trainaug` has not been built yet"
     if split!='trainaug': return read_voc_list(root, split, bad)
     aug = root/'SegmentationClassAug'
-    need(aug.is_dir(), aug, 'is missing, so trainaug is unknown', f'Build it from VOC and SBD: mct_prepare_voc {root}')
+    need(aug.is_dir(), aug, 'no such folder: trainaug is unknown', f'Build it from VOC and SBD: mct_prepare_voc {root}')
     return masks_outside_val(root, aug)
 
 # %% ../nbs/01d_voc.ipynb #dfc38bce

@@ -62,7 +62,7 @@ def formulas(sd, x, kind, rule, layers, refine):
 def close(got, want):
     assert got.shape == want.shape
     assert want.flatten(2).std(-1).div(want.flatten(2).mean(-1).abs()+1e-12).median() > .05, 'the expected maps are flat: they test nothing'
-    assert (got-want).abs().max() <= 1e-5*want.abs().max()
+    assert (got-want).abs().max() <= 1e-4*want.abs().max()             # sums of up to 1,536 float32, in any order: 1536*2^-24 = 9e-5
 
 @pytest.fixture(scope='module')
 def models():

@@ -174,7 +174,7 @@ def test_what_cannot_work(data, tmp_path):
     assert not (tmp_path/'x').exists()
 
 def test_settings_are_not_mixed(data, tmp_path):
-    ds, seeds = data; out = tmp_path/'out'; make_masks(seeds, by_brightness, ds, out); before = contents(out)
+    ds, seeds = data; out = tmp_path/'out'; assert make_masks(seeds, by_brightness, ds, out).bad == []; before = contents(out)
     for change in (dict(background=.4), dict(alpha=4), dict(beta=9), dict(steps=9), dict(stride=4), dict(border='reference'), dict(net=lambda im: by_brightness(im))):
         with pytest.raises(DataError, match='another run'): make_masks(**(dict(seeds_folder=seeds, net=by_brightness, ds=ds, out=out) | change))
     (seeds/'_seeds.json').write_text(json.dumps(dict(layers=3)))                # the seeds were written anew
@@ -198,7 +198,7 @@ def test_full_disk_is_not_swallowed(data, tmp_path, monkeypatch):
 
 def test_border_as_the_network_was_trained(data, tmp_path):
     ds, seeds = data; torch.manual_seed(0); net, same = AffinityNet(TwoConvs(), border='reference').eval(), AffinityNet(TwoConvs()).eval(); same.load_state_dict(net.state_dict())
-    for name,n,kw in (('own', net, {}), ('said', same, dict(border='reference')), ('all', same, {}), ('other', net, dict(border='all'))): make_masks(seeds, n, ds, tmp_path/name, device='cpu', **kw)
+    for name,n,kw in (('own', net, {}), ('said', same, dict(border='reference')), ('all', same, {}), ('other', net, dict(border='all'))): assert make_masks(seeds, n, ds, tmp_path/name, device='cpu', **kw).bad == []
     assert contents(tmp_path/'own')==contents(tmp_path/'said') and contents(tmp_path/'all')==contents(tmp_path/'other')
     assert json.loads((tmp_path/'own/_masks.json').read_text())['affinity'].endswith(', border reference')
     a = predict_affinity(net, ds.image('p03')); assert torch.equal(a, predict_affinity(same, ds.image('p03'))*torch.from_numpy(pair_starts(a.shape[1:], net.offsets)))
