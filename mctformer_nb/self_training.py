@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CELL_ARRAYS', 'tokens_and_affinity', 'cosine_affinity', 'frozen_stages', 'unit', 'SelfTraining', 'view_cells',
-           'photo_cells', 'cell_labels', 'cell_batch', 'train_cells', 'cell_probs', 'spread_probs', 'round_labels',
-           'teach_cells', 'self_training_settings', 'check_frozen', 'write_cells', 'find_cells', 'self_trained_seeds']
+           'photo_cells', 'cell_labels', 'cell_batch', 'absorb_scale', 'train_cells', 'cell_probs', 'spread_probs',
+           'round_labels', 'teach_cells', 'self_training_settings', 'check_frozen', 'write_cells', 'find_cells',
+           'self_trained_seeds']
 
 # %% ../nbs/25_self_training.ipynb #b18b1ebd
 import shutil
@@ -150,6 +151,17 @@ def cell_batch(read:Callable, # position -> features (D,h,w), labels (h,w)
     features, labels = map(torch.cat, zip(*found))
     return features, labels.long()
 
+# %% ../nbs/25_self_training.ipynb #absorb01
+def absorb_scale(layer:nn.Linear, # of standardised features; changed in place
+    mean:torch.Tensor, # (D,)
+    std:torch.Tensor, # (D,)
+) -> nn.Linear: # the same, without gradients, of features as they are
+    "Standardise inside the layer"
+    layer.requires_grad_(False)
+    layer.weight /= std
+    layer.bias -= layer.weight@mean                                                  # (C,D) (D,), after the division
+    return layer
+
 # %% ../nbs/25_self_training.ipynb #rounds03
 def train_cells(read:Callable, # position -> features (D,h,w), labels (h,w)
     n:int, # photos
@@ -173,10 +185,7 @@ def train_cells(read:Callable, # position -> features (D,h,w), labels (h,w)
             if loss.isfinite(): loss.backward()                              # without any label there is none
             opt.step(), cycle.step()
     need(seen, 'cells', 'no map is sure of a class anywhere', 'Check the labels, or give a smaller high')
-    layer.requires_grad_(False)
-    layer.weight /= std                                                              # standardise in the layer itself
-    layer.bias -= layer.weight@mean
-    return layer
+    return absorb_scale(layer, mean, std)
 
 # %% ../nbs/25_self_training.ipynb #db26edfc
 def cell_probs(layer:nn.Module, # from `train_cells`
