@@ -171,3 +171,17 @@ def test_v1_uses_attention(many, tmp_path):
 
 def test_training_mode_is_kept(many, tmp_path):
     model = make_model().train(); extract_seeds(model, many.subset(list(many.ids)[:1]), tmp_path); assert model.training
+
+def test_heads_of_arrays_are_parsed_one_at_a_time(tmp_path, monkeypatch):
+    "Python up to 3.11.7 miscounts literals that threads parse at once (SystemError): a sound seed would be reported as damaged"
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+    import mctformer_nb.files as files
+    save_seed(tmp_path/'a.npz', [0, 2], np.ones((2, 5, 4))); busy, met = threading.Lock(), []; parse = files.read_array_header_1_0
+    def slow(f):
+        met.append(busy.acquire(blocking=False)); time.sleep(.002)
+        try: return parse(f)
+        finally: met[-1] and busy.locked() and busy.release()
+    monkeypatch.setattr(files, 'read_array_header_1_0', slow)
+    with ThreadPoolExecutor(4) as pool: seeds = list(pool.map(lambda _: load_seed(tmp_path/'a.npz'), range(20)))
+    assert len(met)==40 and all(met) and all(c.tolist()==[0, 2] for c,_ in seeds)
