@@ -77,7 +77,7 @@ def coco_images(entries:list, # of images
 )->tuple: # ({id of the data set: entry}, {id: path of the photo})
     "Images with safe names and possible sizes; `DataError` for two of the same name"
     first = (entries[0]['file_name'].replace('\\', '/') if entries else '').split('/')
-    drop = next((k for k in range(len(first)) if '..' not in first and (folder/'/'.join(first[k:])).is_file()), 0)
+    drop = next((k for k in range(len(first)) if '..' not in first and os.path.isfile(folder/'/'.join(first[k:]))), 0)
     prefix = ''.join(f'{p}/' for p in first[:drop])                                       # such as train2014/, images/
     images, paths, seen, limit = {}, {}, set(), Image.MAX_IMAGE_PIXELS or math.inf
     for e in entries:

@@ -7,7 +7,7 @@ __all__ = ['voc_palette', 'photo_formats', 'load_image', 'scale_to_bytes', 'to_r
            'image_size', 'colours_to_indices', 'open_mask', 'save_mask']
 
 # %% ../nbs/002_images.ipynb #24e2b0dc
-import io, os, warnings
+import errno, io, os, warnings
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,7 +38,8 @@ def _why(path, e, data=None):
     "(problem, fix) behind an exception `e` of PIL"
     fix = 'Copy or download it again, or leave it out'
     if os.path.isdir(path): return 'is a folder, not an image', 'Give the path of one file'
-    if isinstance(e, FileNotFoundError): return 'there is no such file', 'Check the name and the folder'
+    missing = isinstance(e, FileNotFoundError) or getattr(e, 'errno', None)==errno.ENAMETOOLONG
+    if missing: return 'there is no such file', 'Check the name and the folder'
     if isinstance(e, PermissionError): return 'may not be read', 'Change its permissions'
     with io.BytesIO(data) if data is not None else open(path, 'rb') as f: head = f.read(132)
     if not head: return 'the file is empty (0 bytes)', fix

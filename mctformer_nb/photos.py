@@ -161,9 +161,9 @@ def with_any_suffix(path:str|Path, # a photo that should be there
 )->Path: # the same, or a photo of the same name with another suffix, if only that one exists
     "Where the photo really is: `.jpg` may be `.png`, or `.JPG`"
     path = Path(path)
-    if path.is_file(): return path
+    if os.path.isfile(path): return path             # unlike Path.is_file no error for a name that is too long
     others = (path.with_suffix(s) for suffix in PHOTO_SUFFIXES for s in (suffix, suffix.upper()))
-    return next((p for p in others if p.is_file()), path)
+    return next((p for p in others if os.path.isfile(p)), path)
 
 # %% ../nbs/01a_photos.ipynb #d1c18bae
 def find_masks(folder:str|Path, # may be missing
@@ -195,9 +195,9 @@ def read_labelmap(path:str|Path, # lines such as cat:128,0,0::
         if line.startswith('#'): continue
         name, _, rest = line.partition(':')
         rgb = rest.split(':')[0].split(',')
-        good = name.strip() and len(rgb)==3 and all(c.strip().isdecimal() and int(c)<256 for c in rgb)
+        good = name.strip() and len(rgb)==3 and all(c.strip().isdecimal() and int(c.strip())<256 for c in rgb)
         need(good, f'{path}, line {i}', f'{line!r} is not a name and a colour', 'Write lines such as cat:128,0,0')
-        found[name.strip()] = tuple(int(c) for c in rgb)
+        found[name.strip()] = tuple(int(c.strip()) for c in rgb)
     return found
 
 # %% ../nbs/01a_photos.ipynb #a0dc2660

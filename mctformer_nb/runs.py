@@ -127,6 +127,7 @@ def run_kind(name:str, # of the kind
     file:object='config.json', # that names it, for the message
 ) -> RunKind:
     "The kind of that name. Raises `DataError`."
+    name = str(name)                                         # a damaged file may hold anything
     if name not in RUN_KINDS and name in _HOME: importlib.import_module(_HOME[name])      # registers itself
     need(name in RUN_KINDS, file, f'is the run of another network ({name})',
          f'Give a run of: {", ".join(sorted({*RUN_KINDS, *_HOME}))}')
@@ -190,7 +191,7 @@ def load_run(folder:str|Path, # run folder
          f'a model for {cfg.get("num_classes")} classes, {num_classes} wanted', 'Use the run of the same data set')
     own = cfg.get('backbone') == 'custom' and backbone is None
     need(not own, file, 'the backbone was a module of your own', 'Load it again with backbone=... and one like it')
-    try: model = how.build(cfg, backbone)
+    try: model, _ = how.build(cfg, backbone), input_spec(cfg.get('input') or {})            # both can be read
     except DataError: raise
     except Exception as e:
         raise DataError(file, f'does not describe a model ({type(e).__name__}: {str(e)[:100]})',

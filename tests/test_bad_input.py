@@ -387,3 +387,15 @@ def test_five_hundred_images(tmp_path, capfd):
     named = check_all(tmp_path/'data', 500, how, capfd)
     with capfd.disabled(): print(json.dumps(dict(images=500, broken=len(how), ways=len(WAYS), commands=10, named=named)))
     if out := os.environ.get('MCT_RECORD'): (Path(out)/'bad_data.json').write_text(json.dumps(dict(images=500, broken=len(how), ways=len(WAYS), named=named)))
+
+def test_what_fuzzing_found(tmp_path):
+    "A name longer than the system allows, blanks of another kind around a number, settings of another type"
+    import json
+    from mctformer_nb.images import load_image
+    from mctformer_nb.photos import read_labelmap, with_any_suffix
+    from mctformer_nb.runs import load_run
+    long = tmp_path/f'{"x"*5000}.jpg'; assert with_any_suffix(long)==long
+    with pytest.raises(DataError, match='no such file'): load_image(long)
+    (tmp_path/'labelmap.txt').write_text('cat:\x1f55,0, 7::\n'); assert read_labelmap(tmp_path/'labelmap.txt')=={'cat': (55, 0, 7)}
+    (tmp_path/'config.json').write_text(json.dumps(dict(kind=['classifier'])))
+    with pytest.raises(DataError, match='another network'): load_run(tmp_path)

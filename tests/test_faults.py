@@ -18,7 +18,7 @@ STAGES = {
     'mct_seeds': f'{DATA} --run ref/mct_train --out {{out}} --batch-size 2 --json {{out}}/report.json',
     'mct_score': '--data folder:data --pred ref/mct_seeds --json {out}/score.json --figure {out}/sweep.png',
     'mct_crf_labels': f'{DATA} --seeds ref/mct_seeds --out {{out}} --workers 1',
-    'mct_affinity': f'{FIT} --labels ref/mct_crf_labels --backbone test_resnet --crop 32',
+    'mct_affinity': f'{FIT} --labels ref/mct_crf_labels --backbone test_resnet --crop 96',
     'mct_masks': f'{DATA} --seeds ref/mct_seeds --affinity ref/mct_affinity --out {{out}} --workers 2',
     'mct_segment_train': f'{FIT} --masks ref/mct_masks --valid-split all --backbone test_efficientnet --dilation 1 --crop 32',
     'mct_segment': f'{DATA} --split all --run ref/mct_segment_train --out {{out}} --scales 1 --overlays --workers 1',

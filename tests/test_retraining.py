@@ -51,10 +51,10 @@ def test_changed_configurations_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_clipped_is_ahead_where_labels_are_wrong(root, tmp_path):
-    "Three seeds of planted mistakes: the measured lead is several times the margin asked for here"
+    "Three seeds of planted mistakes, as long as the table trains: there the leads are 4.7, 2.3 and 0.5"
     spec = importlib.util.spec_from_file_location('retraining', root/'experiments/retraining.py'); r = importlib.util.module_from_spec(spec); spec.loader.exec_module(r)
     from types import SimpleNamespace as NS
-    ds, val, a = get_dataset('mini', n=128, size=96), get_dataset('mini', 'val', n=64, size=96), NS(steps=240, clip_start=.6)
+    ds, val, a = get_dataset('mini', n=128, size=96), get_dataset('mini', 'val', n=64, size=96), NS(steps=480, clip_start=.6)
     frozen, ahead = r.Frozen(ds, val), []
     for seed in range(3):
         r.planted_masks(ds, tmp_path/str(seed), seed); masks = [r.open_mask(tmp_path/str(seed)/f'{id}.png') for id in ds.ids]
