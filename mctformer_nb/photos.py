@@ -194,10 +194,10 @@ def read_labelmap(path:str|Path, # lines such as cat:128,0,0::
     for i,line in read_lines(path):
         if line.startswith('#'): continue
         name, _, rest = line.partition(':')
-        rgb = rest.split(':')[0].split(',')
-        good = name.strip() and len(rgb)==3 and all(c.strip().isdecimal() and int(c.strip())<256 for c in rgb)
+        rgb = [c.strip() for c in rest.split(':')[0].split(',')]
+        good = name.strip() and len(rgb)==3 and all(c.isdecimal() and int(c)<256 for c in rgb)
         need(good, f'{path}, line {i}', f'{line!r} is not a name and a colour', 'Write lines such as cat:128,0,0')
-        found[name.strip()] = tuple(int(c.strip()) for c in rgb)
+        found[name.strip()] = tuple(map(int, rgb))
     return found
 
 # %% ../nbs/01a_photos.ipynb #a0dc2660
